@@ -1,0 +1,211 @@
+"""CLIP's tokenizer and text transformer: what turns a prompt into the rows that cross-attention reads.
+
+    ids = CLIPTokenizer.from_pretrained("mini/tokenizer")(["a photo of an airplane"])     # [1, T]
+    e = CLIPTextModel.from_pretrained("mini/text_encoder")(ids)                           # [1, T, D]
+
+Stable Diffusion v1 uses the *last hidden state after the final layer norm*, one row per token, T = 77 rows of
+D = 768. The mask is causal, so row 0 (begin of text) is the same for every prompt, and row i knows only the
+tokens up to i. Padding is the end-of-text token again, and it is not masked: its rows carry meaning too.
+
+Paper: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+
+from files import UserError, load_network, read_config, read_json
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+# CLIP's word splitter: special tokens, contractions, runs of letters, single digits, runs of other signs.
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class CLIPTokenizer:
+    """CLIP's byte-pair encoding: lower case, a word's last piece ends in `</w>`, always `length` ids."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, length: int = 77):
+        self.length = length
+        self.eos = tokenizer.token_to_id(EOS)
+        if self.eos is None or tokenizer.token_to_id(BOS) is None:
+            raise UserError(f"the tokenizer's vocabulary lacks {BOS} or {EOS}: this is not a CLIP tokenizer")
+        self._plain = tokenizer                                   # no cutting, no padding: see `cut`
+        self._plain.no_truncation(), self._plain.no_padding()
+        self._fixed = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+        self._fixed.enable_truncation(length)
+        self._fixed.enable_padding(length=length, pad_id=self.eos, pad_token=EOS)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "CLIPTokenizer":
+        """Read `vocab.json` + `merges.txt` (official) or `tokenizer.json` (what newer libraries save)."""
+        folder = Path(folder)
+        settings = folder / "tokenizer_config.json"
+        length = read_json(settings).get("model_max_length", 77) if settings.exists() else 77
+        length = length if length <= 1e6 else 77                  # "no limit" is written as 1e30
+        if (folder / "merges.txt").exists():
+            tokenizer = clip_bpe(read_json(folder / "vocab.json"), read_merges(folder / "merges.txt"))
+        elif (folder / "tokenizer.json").exists():
+            try:
+                tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            except Exception as error:                            # the library raises bare Exceptions
+                raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+        else:
+            raise UserError(f"{folder} has neither vocab.json + merges.txt nor tokenizer.json")
+        return cls(tokenizer, length)
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """texts: B strings -> ids [B, T], int64. Longer prompts lose their end; `cut` says which part."""
+        return torch.tensor([e.ids for e in self._fixed.encode_batch(list(texts))], dtype=torch.long)
+
+    def count(self, text: str) -> int:
+        """How many tokens `text` has by itself, without the begin and end tokens."""
+        return len(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def cut(self, text: str) -> str:
+        """The end of `text` that does not fit into T tokens (usually "")."""
+        ids = self._plain.encode(text, add_special_tokens=False).ids[self.length - 2:]
+        return self._plain.decode(ids).replace("</w>", " ").strip()
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """`merges.txt`: a version line, then two pieces per line, best merge first."""
+    pairs = [tuple(line.split()) for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[1:] if line.strip()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise UserError(f"{path} is damaged: every line after the first must hold two pieces")
+    return pairs
+
+
+def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """CLIP's pipeline on the `tokenizers` library: equals transformers' CLIPTokenizer on every code point."""
+    try:
+        bpe = tokenizers.models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="",
+                                    end_of_word_suffix="</w>", fuse_unk=False, unk_token=EOS)
+        ids = vocab[BOS], vocab[EOS]
+    except Exception as error:                                    # the library raises bare Exceptions
+        raise UserError(f"vocab.json and merges.txt do not fit together: {error}") from None
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+         pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (EOS, ids[1]), (BOS, ids[0]), trim_offsets=False, add_prefix_space=False)
+    # BOS is looked for after lower-casing and EOS before: odd, and what the official files lead to.
+    tokenizer.add_special_tokens([tokenizers.AddedToken(BOS, normalized=True, special=True),
+                                  tokenizers.AddedToken(EOS, normalized=False, special=True)])
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """Widths; the defaults are the text half of openai/clip-vit-large-patch14, which is SD v1.4's encoder."""
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def split(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)          # [B, heads, T, D/heads]
+        y = F.scaled_dot_product_attention(split(self.q_proj(x)), split(self.k_proj(x)),
+                                           split(self.v_proj(x)), is_causal=self.causal)
+        return self.out_proj(y.transpose(1, 2).flatten(2))                    # [B, T, D]
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int, act: str):
+        super().__init__()
+        self.fc1, self.fc2, self.act = nn.Linear(width, hidden), nn.Linear(hidden, width), ACTIVATIONS[act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class EncoderLayer(nn.Module):
+    """One pre-norm transformer layer, [B, T, D] -> [B, T, D]. CLIP's image tower has the same, unmasked."""
+
+    def __init__(self, config, causal: bool):
+        super().__init__()
+        width = config.hidden_size
+        self.self_attn = SelfAttention(width, config.num_attention_heads, causal)
+        self.layer_norm1 = nn.LayerNorm(width, config.layer_norm_eps)
+        self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
+        self.layer_norm2 = nn.LayerNorm(width, config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config, causal: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config, causal) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]      # [B, T, D]
+
+
+class CLIPTextModel(nn.Module):
+    """ids [B, T] -> last hidden state after the final norm [B, T, D]: the context of SD's cross-attention."""
+
+    def __init__(self, config: CLIPTextConfig = CLIPTextConfig()):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config, causal=True)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "CLIPTextModel":
+        """Read a `text_encoder` folder. Raises UserError naming what is missing, extra or not supported."""
+        config = read_config(Path(folder), CLIPTextConfig, SUPPORTED)
+        return load_network(cls, config, folder, "model", dtype, device, rename=official_name)
+
+
+SUPPORTED = {"hidden_act": tuple(ACTIVATIONS)}
+
+
+def official_name(key: str) -> str | None:
+    """The official file puts `text_model.` before every key and stores a counter that is no weight."""
+    key = key.removeprefix("text_model.")
+    return None if key == "embeddings.position_ids" else key

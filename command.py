@@ -1,0 +1,138 @@
+"""What the `main`s of the scripts share: errors as one line, flags, devices, names, the clock, results."""
+import argparse
+import dataclasses
+import errno
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from concepts import TASKS
+from files import MINI, UserError, base_hash, write_edit, write_png
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def command_line(main) -> None:
+    """Run a script's `main`: what a user can fix is one line on stderr and exit status 2, no traceback."""
+    try:
+        main()
+    except UserError as error:
+        fail(str(error), 2)
+    except OSError as error:                                      # a full disk, a forbidden folder
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        fail(f"cannot write {error.filename or 'the output'}: {error.strerror}; nothing is half-written", 2)
+    except KeyboardInterrupt:
+        fail("interrupted; nothing is half-written", 130)
+
+
+def fail(message: str, status: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def erasing_args(doc: str, settings_class, own: dict[str, str]) -> argparse.Namespace:
+    """The flags of every method that erases, and its `own` integers (flag -> help); its settings, for --set."""
+    settings = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(settings_class))
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog=f"settings and their defaults: {settings}")
+    parser.add_argument("--concept", action="append", required=True, help="what to erase; may be repeated")
+    parser.add_argument("--anchor", action="append", help="what to draw instead, one each (default: by task)")
+    parser.add_argument("--task", choices=TASKS, default="object", help="prompt templates and default anchor")
+    parser.add_argument("--model", default=MINI, help="folder or hub id (default: mini)")
+    parser.add_argument("--out", type=Path, help="edit folder to write (default: out/<concept>)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the edit folder if it exists")
+    parser.add_argument("--n", type=int, default=4, help="pictures per prompt, before and after (default 4)")
+    parser.add_argument("--no-pictures", action="store_true", help="only write the edit")
+    parser.add_argument("--seed", type=int, default=0, help="of mining, LoRA and pictures (default 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32",
+                        help="of U-Net and VAE; text encoder and algebra keep theirs (default float32)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+                        help="change settings, such as --set D1=0.8 M=3; they are listed below")
+    for flag, explanation in own.items():
+        parser.add_argument(flag, type=int, help=explanation)
+    args = parser.parse_args()
+    if args.n < 1:
+        raise UserError("--n must be at least 1; --no-pictures draws none")
+    return args
+
+
+def finish(folder: Path, model, W0: dict, W: dict, pairs, method: dict, report: dict, args, clock) -> None:
+    """Write the edit in the dtype of the model's file, draw before and after, and note it all in run.json."""
+    W = {name: matrix.to(W0[name].dtype) for name, matrix in W.items()}
+    run = method | {"concepts": json.dumps([pair.concept for pair in pairs]), "task": args.task,
+                    "anchors": json.dumps([pair.anchor for pair in pairs]), "seed": str(args.seed),
+                    "model": args.model, "base_hash": base_hash(W0)}
+    write_edit(folder, W, run)
+    table = []
+    if not args.no_pictures:
+        from eval_clip import before_after
+        table, picture = before_after(model, W0, W, pairs, args.n, args.seed)
+        write_png(folder / "before_after.png", picture)
+        clock("pictures")
+    run |= report | {"table": table, "seconds": clock.seconds}
+    (folder / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+    print(clock)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: CUDA, else Apple's GPU, else the CPU."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in there if there[kind]))
+    if not there.get(name.split(":")[0], False):
+        raise UserError(f"--device {name} is not available here: use --device cpu or auto")
+    return torch.device(name)
+
+
+def parse_settings(settings_class, changes: list[str], **flags):
+    """`--set D1=0.8 M=3` -> settings_class(D1=0.8, M=3), values in their field's type; flags may be None."""
+    fields, values = {field.name: field for field in dataclasses.fields(settings_class)}, {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name not in fields:
+            raise UserError(f"--set {change}: there is no setting {name!r}; there are {', '.join(fields)}")
+        kind = fields[name].type
+        try:
+            values[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            raise UserError(f"--set {change}: give it like {name}={fields[name].default}") from None
+    return settings_class(**values | {name: value for name, value in flags.items() if value is not None})
+
+
+def slug(text: str) -> str:
+    """"Van Gogh" -> "van-gogh"."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
+
+
+def edit_name(concepts: list[str]) -> Path:
+    """out/van-gogh, out/airplane+ship: where an edit goes if --out does not say."""
+    return Path("out") / ("+".join(map(slug, concepts)) or "edit")
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or `path` with -2, -3, … before its ending if that exists."""
+    candidate, i = path, 2
+    while candidate.exists():
+        candidate, i = path.with_name(f"{path.stem}-{i}{path.suffix}"), i + 1
+    return candidate
+
+
+class Clock:
+    """`clock("solve")` notes the seconds since the last note; printed: all of them and their sum."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part], self.last = round(now - self.last, 3), now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {took:.1f}" for part, took in self.seconds.items())
+        return f"seconds: {parts}, in all {sum(self.seconds.values()):.1f}"

@@ -1,0 +1,105 @@
+"""Which text an edit is about: concepts and anchors as rows of the text encoder, and other prompts to watch.
+
+A prompt becomes T rows. Row 0 is begin-of-text and the same for all; the encoder is causal, so what a concept
+means sits in its last token and in every row after it (end of text, padding). Those are the rows to edit.
+"""
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from files import UserError, read_json
+
+TASKS = {                       # prompt of a concept or anchor, and anchor if none is given (appendix A.2)
+    "object": ("a photo of the {}", "sky"),
+    "style": ("an artwork by {}", "an artist"),
+    "celebrity": ("a portrait of {}", "a person"),
+    "explicit": ("{}", "a person wearing clothes"),
+}
+
+BOOK = Path(__file__).parent / "mini" / "captions.json"           # classes, synonyms, phrases, scenes
+
+UNRELATED = ("bird cat deer dog frog horse ship truck automobile airplane house tree chair table apple river "
+             "mountain guitar clock bottle bridge garden window book shoe cup lamp street grass sea").split()
+
+
+@dataclass
+class Pair:
+    """A concept and its anchor: e, e_star [T, D], float64; edited are n rows from start(_star) on."""
+    concept: str
+    anchor: str
+    e: Tensor
+    e_star: Tensor
+    start: int
+    start_star: int
+    n: int
+    seed: int
+
+    def block(self) -> Tensor:
+        return self.e[self.start:self.start + self.n]
+
+    def block_star(self) -> Tensor:
+        return self.e_star[self.start_star:self.start_star + self.n]
+
+    def context(self, blocks: Tensor) -> Tensor:
+        """Blocks [B, n, D] in place of the edited rows of e -> [B, T, D]."""
+        context = self.e.expand(len(blocks), -1, -1).clone()
+        context[:, self.start:self.start + self.n] = blocks
+        return context
+
+
+def make_pairs(concepts: list[str], anchors: list[str] | None, task: str, text, rows: str, seed: int):
+    """A list of Pair. `rows`: tail = the last concept token and all after it; token = that token alone.
+
+    The pairs come sorted, each with a seed of its own, so the order in which they were given is moot. Blocks
+    are aligned at their first row; the longer one loses its end. Raises UserError for what cannot be erased.
+    """
+    template, default = TASKS[task]
+    concepts = [" ".join(concept.split()) for concept in concepts]
+    anchors = [" ".join(anchor.split()) for anchor in (anchors or [default] * len(concepts))]
+    if not all(concepts):
+        raise UserError("--concept is empty")
+    if len(concepts) != len(anchors):
+        raise UserError(f"{len(concepts)} concepts but {len(anchors)} anchors: each --concept needs one")
+    if len({concept.lower() for concept in concepts}) < len(concepts):
+        raise UserError("a concept is given twice")
+    pairs = []
+    for concept, anchor in sorted(zip(concepts, anchors)):
+        if concept.lower() == anchor.lower():
+            raise UserError(f"the concept {concept!r} is its own anchor: nothing would change")
+        p, p_star = template.format(concept), template.format(anchor) if anchor else ""
+        e, e_star = text([p, p_star]).double().cpu()
+        # row 0 is begin-of-text, so the last of k tokens is row k; an empty anchor starts at its end-of-text
+        start, start_star = text.tokenizer.count(p), max(1, text.tokenizer.count(p_star))
+        if max(start, start_star) > len(e) - 2:
+            raise UserError(f"concept and anchor must fit into {len(e)} tokens: {p[:60]!r}, {p_star[:60]!r}")
+        n = 1 if rows == "token" else len(e) - max(start, start_star)
+        own = hashlib.sha256(json.dumps([seed, concept, anchor]).encode()).digest()
+        pairs.append(Pair(concept, anchor, e, e_star, start, start_star, n, int.from_bytes(own[:6], "big")))
+    return pairs
+
+
+def always_preserved(task: str) -> list[str]:
+    """"", guidance's other half, and the bare template, what all prompts of the task have in common."""
+    return list(dict.fromkeys(["", TASKS[task][0].format("").strip()]))
+
+
+def drifts(delta: Tensor, pairs: list[Pair], text) -> dict[str, float]:
+    """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and the median over 30 other prompts."""
+    named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
+    rows = text(["", *(f"a photo of the {noun}" for noun in UNRELATED if noun not in named)]).double().cpu()
+    moved = [((e @ delta.T).norm() / e.norm()).item() for e in rows]
+    return {'drift of ""': moved[0], "median drift of unrelated prompts": sorted(moved[1:])[len(moved) // 2]}
+
+
+def prompts_to_watch(concept: str) -> list[tuple[str, str]]:
+    """(what should be seen, prompt): the concept, two synonyms, two associated phrases, three others."""
+    classes = read_json(BOOK)["classes"]
+    entry, names = classes.get(concept, {"synonyms": [], "associated": []}), list(classes)
+    first = names.index(concept) + 1 if concept in names else 0
+    others = [names[(first + i * 3) % len(names)] for i in range(3)]
+    return ([(concept, f"a photo of the {name}") for name in [concept, *entry["synonyms"][:2]]]
+            + [(concept, phrase) for phrase in entry["associated"][:2]]
+            + [(name, f"a photo of the {name}") for name in others])

@@ -1,0 +1,253 @@
+"""What is on disk: model folders, edits, safetensors, PNG; and writing that never leaves a half-written file.
+
+Nothing of ours is imported here. Weights are read from safetensors only, never from a pickle, and nothing
+that a model folder says is executed.
+"""
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can fix. The scripts print it as one line and exit with 2."""
+
+
+# ------------------------------------------------------------------------------------------ reading networks
+
+def read_json(path: str | Path) -> dict:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} is missing: is this a model folder in the diffusers layout?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} should hold a JSON object")
+    return values
+
+
+def read_config(folder: Path, config_class, supported: dict, file: str = "config.json", section: str = ""):
+    """A `config_class` from a folder's JSON: absent keys keep their defaults, newer keys are ignored, a value
+    outside `supported` (key -> the tuple of what the network implements) is an error that names it."""
+    path = folder / file
+    values = read_json(path)
+    values = values.get(section, {}) if section else values
+    for key, allowed in supported.items():
+        if key in values and values[key] not in allowed:
+            raise UserError(f"{path}: {key} = {values[key]!r} is not supported "
+                            f"(only {' or '.join(map(repr, allowed))})")
+    chosen = {}
+    for field in dataclasses.fields(config_class):
+        value = values.get(field.name, field.default)
+        value = tuple(value) if isinstance(value, list) else value
+        if not isinstance(value, (int, float) if isinstance(field.default, float) else type(field.default)):
+            raise UserError(f"{path}: {field.name} = {value!r} is not supported (the type differs)")
+        chosen[field.name] = value
+    return config_class(**chosen)
+
+
+def find_weights(folder: str | Path, stem: str) -> Path:
+    """`stem.safetensors`, or the official half-precision twin `stem.fp16.safetensors`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing; a model has tokenizer, text_encoder, unet, vae, scheduler")
+    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+        if (folder / name).exists():
+            return folder / name
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt", ".pth"))
+    if pickles:
+        raise UserError(f"{folder} has {pickles[0]} but no {stem}.safetensors. Pickles can run code: "
+                        "convert it in a sandbox: python -c \"import torch, safetensors.torch as s; "
+                        f"s.save_file(torch.load('{pickles[0]}', weights_only=True), '{stem}.safetensors')\"")
+    raise UserError(f"{folder} has no {stem}.safetensors")
+
+
+@contextlib.contextmanager
+def readable(path: str | Path):
+    """Turn safetensors' errors about a damaged or missing file into a UserError."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): is the download complete?") from None
+
+
+def finite(tensor: Tensor) -> bool:
+    return bool(tensor.sum(dtype=torch.float32).isfinite())       # one pass: NaN and infinity survive a sum
+
+
+def load_network(network_class, config, folder, stem, dtype, device, rename=lambda key: key):
+    """Build `network_class(config)` without allocating it, then let the file's tensors become its parameters.
+
+    `rename` maps a key of the file to ours, or to None for a tensor that is no weight. Loading is strict; a
+    missing, extra, misshapen or non-finite tensor is a UserError that names it.
+    """
+    path = find_weights(Path(folder), stem)
+    with torch.device("meta"):                                    # shapes only: no random numbers, no memory
+        network = network_class(config)
+    with readable(path):
+        tensors = load_file(path)                                 # memory-mapped: read when used
+    tensors = {rename(key): tensor for key, tensor in tensors.items() if rename(key) is not None}
+    wanted = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    both = wanted.keys() & tensors.keys()
+    for problem, keys in {"lacks": wanted.keys() - both, "has unknown": tensors.keys() - both,
+                          "has the wrong shape for": {k for k in both if wanted[k] != tensors[k].shape},
+                          "has NaN or infinity in": {k for k in both if not finite(tensors[k])}}.items():
+        if keys:
+            raise UserError(f"{path} {problem} {min(keys)}" + f" and {len(keys) - 1} more" * (len(keys) > 1))
+    network.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, strict=True, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+@contextlib.contextmanager
+def whole(path: str | Path):
+    """Yield a temporary name beside `path`, renamed when the block ends well: all of it or nothing."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        temporary.chmod(0o644)                                    # safetensors makes its files private
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path, overwrite: bool = False):
+    """Yield an empty temporary folder, renamed to `path` when the block ends well; else leave nothing."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists: choose another --out, or add --overwrite")
+    temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    first = next((p for p in reversed(path.parents) if not p.exists()), None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)                  # what a killed run may have left
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if first and not path.exists():                           # nor the parents that were made for it
+            shutil.rmtree(first, ignore_errors=True)
+
+
+def write_png(path: str | Path, picture) -> None:
+    """`picture`, uint8 [H, W, 3], as a PNG: a header, the deflated rows behind filter byte 0, and an end."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = picture.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)            # 8 bits, RGB, no interlace
+    rows = b"".join(b"\0" + row.tobytes() for row in picture)
+    with whole(path) as temporary:
+        temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                              + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def grid(pictures: Tensor, columns: int, zoom: int = 1):
+    """pictures [N, 3, H, W] in [0, 1] -> uint8 [height, width, 3], row by row, 2 white pixels between."""
+    pixels = (pictures.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    pixels = pixels.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    n, height, width, _ = pixels.shape
+    rows = -(-n // columns)
+    sheet = torch.full((rows * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, dtype=torch.uint8)
+    for i, picture in enumerate(pixels):
+        y, x = 2 + (i // columns) * (height + 2), 2 + (i % columns) * (width + 2)
+        sheet[y:y + height, x:x + width] = picture
+    return sheet.numpy()
+
+
+# ------------------------------------------------------------------------------------------ models and edits
+
+MINI = str(Path(__file__).parent / "mini")                        # the default model
+PINNED = {"CompVis/stable-diffusion-v1-4": "133a221b8aa7292a167afc5127cb63fb5005638b"}
+HUB_FILES = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*", "defaults.json",
+             "text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors",
+             "vae/diffusion_pytorch_model.safetensors"]
+
+
+def model_folder(name: str) -> Path:
+    """A folder as it is; a hub id such as CompVis/stable-diffusion-v1-4 downloaded (as needed) or cached."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"--model {name}: no such folder, nor a hub id like CompVis/stable-diffusion-v1-4")
+    import huggingface_hub                                        # only needed here, and slow to import
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=PINNED.get(name),
+                                                      allow_patterns=HUB_FILES))
+    except Exception as error:                                    # no network, no permission, unknown id, …
+        raise UserError(f"--model {name} could not be downloaded ({type(error).__name__}); give the folder "
+                        "of a model that you have") from None
+
+
+def defaults(folder: Path) -> dict:
+    """Guidance, steps and picture size of a model: its `defaults.json`, or SD's 7.5, 50 and 512."""
+    path = folder / "defaults.json"
+    return {"guidance": 7.5, "steps": 50, "size": 512} | (read_json(path) if path.exists() else {})
+
+
+def cross_attention(folder: str | Path) -> dict[str, Tensor]:
+    """The matrices that erasure edits, all `attn2.to_k` and `to_v`, by official name, as in the file."""
+    path = find_weights(Path(folder) / "unet", "diffusion_pytorch_model")
+    with readable(path), safe_open(path, "pt") as file:
+        names = sorted(k for k in file.keys() if k.endswith(("attn2.to_k.weight", "attn2.to_v.weight")))
+        tensors = {name: file.get_tensor(name) for name in names}
+    if not tensors:
+        raise UserError(f"{path} lacks attn2.to_k.weight: this is not a Stable Diffusion U-Net")
+    for name, tensor in tensors.items():
+        if not finite(tensor):
+            raise UserError(f"{path} has NaN or infinity in {name}")
+    return tensors
+
+
+def base_hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the unedited matrices in half precision: fp32 and fp16 downloads of a model agree."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode() + tensors[name].to(torch.float16).contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def write_edit(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """`erased.safetensors`: the edited matrices under their official names, and how they came about."""
+    with whole(folder / "erased.safetensors") as temporary:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
+
+
+def read_edit(folder: str | Path, model: str | Path) -> dict[str, Tensor]:
+    """The edited matrices of `out/<name>`, after checking that they were made from this model."""
+    path = Path(folder) / "erased.safetensors"
+    if not path.exists():
+        raise UserError(f"--edit {folder}: no erased.safetensors there (realera.py writes it)")
+    with readable(path), safe_open(path, "pt") as file:
+        made_for = (file.metadata() or {}).get("base_hash")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    base = cross_attention(model)
+    fits = all(name in base and tensor.shape == base[name].shape for name, tensor in tensors.items())
+    if made_for != base_hash(base) or not fits:
+        raise UserError(f"--edit {folder} was made for another model than {model}")
+    return tensors
+
+
+@torch.no_grad()
+def put_weights(network, tensors: dict[str, Tensor]) -> None:
+    """Let `tensors` (official names) take the place of the network's weights, in the network's dtype."""
+    for name, tensor in tensors.items():
+        old = network.get_parameter(name)
+        old.data = tensor.to(old.device, old.dtype)

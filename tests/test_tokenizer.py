@@ -1,0 +1,285 @@
+"""Our tokenizer against transformers' CLIPTokenizer, id by id, on strings that are hard to split."""
+import gzip
+import importlib.util
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from clip_text import BOS, EOS, CLIPTokenizer
+from files import UserError
+
+# ---- a small vocabulary in CLIP's form ----
+
+CORPUS = """a photo of a cat and a photo of the dog, an oil painting of the river at night by van gogh.
+the quick brown fox jumps over the lazy dog; pictures, pictured, picturing! don't, they've, we'll, it's, i'm.
+an astronaut riding a horse on the moon in the style of claude monet, highly detailed, 8k, 1984, trending.
+café naïve façade señor über straße garçon résumé 日本語 日本 の 写真 привет мир مرحبا 😀 😀 👍 ελλάς — “quoted” …"""
+
+
+def byte_symbols():
+    """OpenAI's printable stand-in for each byte, in the order of the official vocabulary."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return dict(zip(plain + others, map(chr, plain + [256 + i for i in range(len(others))])))
+
+
+def symbols(word):
+    """A word before any merge: one symbol a byte, the last with the mark of a word's end."""
+    letters = [byte_symbols()[byte] for byte in word.encode()]
+    return letters[:-1] + [letters[-1] + "</w>"]
+
+
+def merge(pieces, pair):
+    done, i = [], 0
+    while i < len(pieces):
+        both = tuple(pieces[i:i + 2]) == pair
+        done.append("".join(pair) if both else pieces[i])
+        i += 2 if both else 1
+    return done
+
+
+def learn_merges(text, n=150):
+    words = Counter(re.findall(r"[^\W\d_]+|\d|[^\s\w]+", text.lower()))
+    split = {word: symbols(word) for word in words}
+    merges = []
+    for _ in range(n):
+        pairs = Counter()
+        for word, pieces in split.items():
+            for pair in zip(pieces, pieces[1:]):
+                pairs[pair] += words[word]
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        split = {word: merge(pieces, best) for word, pieces in split.items()}
+    return merges
+
+
+TOKEN = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+SPECIALS = {"bos_token": {"content": BOS} | TOKEN, "eos_token": {"content": EOS} | TOKEN,
+            "unk_token": {"content": EOS} | TOKEN, "pad_token": EOS}
+SETTINGS = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": 77,
+            "name_or_path": "openai/clip-vit-large-patch14", "tokenizer_class": "CLIPTokenizer",
+            "special_tokens_map_file": "./special_tokens_map.json"}
+MERGES = learn_merges(CORPUS)
+
+
+def write_vocabulary(folder, merges=MERGES):
+    """The four files of an official tokenizer folder."""
+    base = list(byte_symbols().values())
+    tokens = [*base, *(symbol + "</w>" for symbol in base), *("".join(pair) for pair in merges), BOS, EOS]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    official = {key: {"__type": "AddedToken"} | value if isinstance(value, dict) else value
+                for key, value in SPECIALS.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS | official))
+    (folder / "special_tokens_map.json").write_text(json.dumps(SPECIALS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_vocabulary(tmp_path_factory.mktemp("tokenizer"))
+
+
+# ---- hard strings ----
+
+TEXTS = [
+    # nothing, and kinds of space
+    "", " ", "  ", "\n", "\t", "\r\n", " \t\n ", "\u00a0", "\u2003", "\u3000", "\u200b", "\u2028\u2029",
+    "\x85", "a  photo", " a photo ", "a\nphoto", "a\tphoto", "a\r\nphoto", "a\u00a0photo", "a\u3000photo",
+    "a\u200bphoto",
+    # too long
+    "a photo of a cat " * 20, "cat " * 75, "cat " * 76, "cat " * 77, "x" * 300, "é" * 100, "日本" * 60,
+    "1234567890" * 9, "!" * 200, "antidisestablishmentarianism" * 5, "a" * 2000,
+    # words, case, contractions, digits, signs
+    "a photo of a cat", "A PHOTO OF A CAT", "An Oil Painting by Vincent van Gogh", "don't", "DON'T",
+    "they've we'll", "it's i'm you'd we're", "'s", "''s", "'t'll", "rock'n'roll", "don\u2019t", "'S 'LL",
+    "o'clock", "1984", "3.14159", "8k", "4k,uhd", "x2y3", "1/2 ½ ²", "Ⅳ ⅷ", "٣٤٥", "१२३", "a,b;c:d", "wow!!!",
+    "???!?!", "...", "…", "#hashtag", "@name", "foo_bar", "snake_case_word", "CamelCase", "hyphen-ated",
+    "a--b", "(cat:1.3)", "[cat|dog]", "{x}", "a\\b", "C:\\dir", "a/b", "50% off", "$5", "€5", "£5", "~`^",
+    "a=b+c", "<b>bold</b>", "``quoted''", "“quoted”", "«quoted»", "—–-", "http://example.org/?a=1&b=2",
+    "user@example.org", "cat</w>", "</w>", "#version: 0.2",
+    # accents, combining marks, case rules
+    "café", "cafe\u0301", "CAFÉ", "CAFE\u0301", "naïve façade", "Åström", "A\u030astro\u0308m", "\u0301",
+    "e\u0301\u0302", "n\u0303o", "straße", "STRASSE", "ẞ", "ΕΛΛΆΣ", "ΣΑΣ ΣΑΣ.", "Σ", "ς", "İstanbul",
+    "ISTANBUL", "ı", "I\u0307", "ŉ", "ǅ Ǆ", "ﬁne ﬀ", "\u2126 Ω", "\u212a \u212b", "ªº", "№", "x̲y̲",
+    "Việt Nam", "क्षत्रिय", "ด้วย", "한국어", "\u1112\u1161\u11ab",
+    # scripts, full width, emoji
+    "日本語の写真", "日本 語", "中文，测试。", "привет, МИР", "مرحبا بالعالم", "שלום", "\u202eabc\u202c", "Ｆｕｌｌ　Ｗｉｄｔｈ",
+    "１２３", "ｶﾀｶﾅ", "😀", "😀😀", "a😀b", "👍🏽", "👩‍👩‍👧", "🏳️‍🌈", "🇩🇪", "1️⃣", "❤️", "☃", "\u200d", "\ufe0f", "𝒜𝓑",
+    "𐍈",
+    # control characters, marks of byte order, what is no character
+    "\x00", "a\x00b", "\x01\x02", "\x1b[0m", "\x07", "\x7f", "\x1c", "a\x1cb", "a\x1db", "a\x1eb", "a\x1fb",
+    "\x0b\x0c", "a\x0bb\x0cc", "\ufeff", "\ufeffa photo", "a\ufeffb", "\ufffd", "\uffff", "\U0010ffff",
+    "\ue000", "\xad", "soft\xadhyphen",
+    # the special tokens as text, entities
+    BOS, EOS, f"{BOS}a{EOS}", f"a {EOS} b", f"a{EOS}b", f"{EOS}{EOS}", f"{BOS}{BOS}", BOS.upper(),
+    EOS.upper(), "<|StartOfText|>", "<|EndOfText|>", "<|EndOfText|>x", "x<|EndOfText|>", "<|StartOfText|>x",
+    "<|STARTOFTEXT|> x", "<|endoftext|", "|endoftext|>", "<|endoftext |>", "< |endoftext|>", "<|endoftext|>s",
+    "<|end\u200boftext|>", "<|startoftext|><|endoftext|>'s", "<|pad|>", "[UNK]", "<s>", "&amp; &lt;b&gt;",
+    "&#39;", "&amp;amp;", "&nbsp;x", "<|ſtartoftext|>", "<|endofte\u0078\u0301t|>"]
+
+
+def test_the_strings_are_many():
+    assert len(set(TEXTS)) == len(TEXTS) >= 200
+
+
+def reference(folder):
+    return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+def agree(ours, theirs):
+    expected = theirs(TEXTS, padding="max_length", truncation=True, max_length=77)["input_ids"]
+    found = ours(TEXTS)
+    assert found.shape == (len(TEXTS), 77) and found.dtype == torch.long
+    different = [text for text, a, b in zip(TEXTS, found.tolist(), expected) if a != b]
+    assert not different
+    for text in TEXTS:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.count(text) == len(ids), repr(text)
+        assert ours.cut(text) == theirs.decode(ids[75:], skip_special_tokens=True), repr(text)
+
+
+def test_ids_equal_transformers(folder):
+    agree(CLIPTokenizer.from_pretrained(folder), reference(folder))
+
+
+def test_ids_equal_transformers_with_the_real_vocabulary(tmp_path):
+    """OpenAI's own merges come with the open_clip package. It must be installed, but need not import."""
+    spec = importlib.util.find_spec("open_clip")
+    path = spec and Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
+    if not path or not path.exists():
+        pytest.skip("open_clip is not installed")
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1:48895]
+    write_vocabulary(tmp_path, [tuple(line.split()) for line in lines])
+    ours = CLIPTokenizer.from_pretrained(tmp_path)
+    assert ours(["a photo of a cat"])[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 49407]
+    agree(ours, reference(tmp_path))
+
+
+def test_plain_words_follow_the_merges(folder):
+    """transformers and we stand on the same library, so here is byte-pair encoding once more, by hand."""
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    text = "A photo of the river, they've pictured 1984 résumé 日本語 unseen!?"
+    expected = []
+    for word in re.findall(r"'ve|[^\W\d_]+|\d|[^\s\w]+", text.lower()):
+        pieces = symbols(word)
+        for pair in MERGES:
+            pieces = merge(pieces, pair)
+        expected += [vocabulary[piece] for piece in pieces]
+    ids = CLIPTokenizer.from_pretrained(folder)([text])[0].tolist()
+    bos, eos = vocabulary[BOS], vocabulary[EOS]
+    assert ids == [bos, *expected, eos] + [eos] * (75 - len(expected))
+
+
+def test_both_forms_of_folder_agree(folder, tmp_path):
+    """transformers 5 saves a tokenizer as one tokenizer.json, without vocab.json and merges.txt."""
+    reference(folder).save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists() and not (tmp_path / "merges.txt").exists()
+    one, other = CLIPTokenizer.from_pretrained(folder), CLIPTokenizer.from_pretrained(tmp_path)
+    assert torch.equal(one(TEXTS), other(TEXTS))
+    assert [one.cut(text) for text in TEXTS] == [other.cut(text) for text in TEXTS]
+    agree(other, reference(tmp_path))
+
+
+def test_saved_limits_do_not_reach_count_and_cut(folder, tmp_path):
+    """A tokenizer.json may carry truncation and padding; what does not fit must be found all the same."""
+    theirs = reference(folder)
+    theirs(["x"], padding="max_length", truncation=True, max_length=20)        # which the library remembers
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"]
+    ours = CLIPTokenizer.from_pretrained(tmp_path)
+    assert ours.count("a " * 100) == 100 and ours.count("a") == 1
+    assert ours(["a"]).shape == (1, 77)
+    assert ours.cut("a " * 78) == "a a a"
+
+
+def test_cut_returns_what_does_not_fit(folder):
+    ours = CLIPTokenizer.from_pretrained(folder)
+    assert ours.count("a of") == 2
+    text = "a " * 74 + "of"
+    assert ours.count(text) == 75 and ours.cut(text) == ""
+    assert ours.cut(text + " the river, at night") == "the river , at night"
+    assert ours.cut("") == ""
+    assert ours([text])[0, -1] == ours.eos and ours([text])[0, 75] != ours.eos
+    long = "an unusually zigzagging sentence with words that no merge has ever seen, for certain; " * 2
+    rest = ours.cut(long)
+    assert rest and long.replace(" ", "").replace(",", "").endswith(rest.replace(" ", "").replace(",", ""))
+    assert ours.count(long) == 75 + ours.count(rest)
+
+
+def test_length_comes_from_the_settings(folder, tmp_path):
+    def length(**changes):
+        write_vocabulary(tmp_path)
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | changes
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        return CLIPTokenizer.from_pretrained(tmp_path)(["a cat " * 99]).shape[1]
+    assert length(model_max_length=16) == 16
+    assert length(model_max_length=1000000000000000019884624838656) == 77      # "no limit"
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert CLIPTokenizer.from_pretrained(tmp_path)(["a cat " * 99]).shape[1] == 77
+
+
+# ---- bad folders ----
+
+def refuses(folder, *words):
+    with pytest.raises(UserError) as caught:
+        CLIPTokenizer.from_pretrained(folder)
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"{missing} not in: {caught.value}"
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"a b c\n", "is damaged"), (b"onlyone\n", "is damaged"), (b"zzz qqq\n", "do not fit"),
+    (b"\xff\xfe \xff\n", "")],
+    ids=["three pieces", "one piece", "unknown pieces", "not UTF-8"])
+def test_damaged_merges(content, words, tmp_path):
+    (write_vocabulary(tmp_path) / "merges.txt").write_bytes(b"#version: 0.2\n" + content)
+    refuses(tmp_path, "merges.txt", words)
+
+
+def test_merges_cut_off_in_the_middle_of_a_line(tmp_path):
+    path = write_vocabulary(tmp_path) / "merges.txt"
+    path.write_bytes(path.read_bytes()[:len("#version: 0.2\n") + 2])
+    refuses(tmp_path, "merges.txt")
+
+
+@pytest.mark.parametrize("special", [BOS, EOS])
+def test_vocabulary_without_specials(special, tmp_path):
+    path = write_vocabulary(tmp_path) / "vocab.json"
+    tokens = json.loads(path.read_text(encoding="utf-8"))
+    del tokens[special]
+    path.write_text(json.dumps(tokens), encoding="utf-8")
+    refuses(tmp_path, special)
+
+
+@pytest.mark.parametrize("special", [[], [BOS], [EOS]], ids=str)
+def test_tokenizer_of_another_model(special, tmp_path):
+    other = tokenizers.Tokenizer(tokenizers.models.BPE())
+    other.add_special_tokens(special)
+    other.save(str(tmp_path / "tokenizer.json"))
+    refuses(tmp_path, "not a CLIP tokenizer")
+
+
+@pytest.mark.parametrize("content", ['{"a": 0', "[]", "{}"], ids=["cut off", "a list", "empty"])
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_damaged_json(name, content, tmp_path):
+    write_vocabulary(tmp_path)
+    if name == "tokenizer.json":
+        (tmp_path / "merges.txt").unlink()
+    (tmp_path / name).write_text(content)
+    refuses(tmp_path, name)
+
+
+def test_missing_files(tmp_path):
+    write_vocabulary(tmp_path)
+    (tmp_path / "vocab.json").unlink()
+    refuses(tmp_path, "vocab.json")
+    (tmp_path / "merges.txt").unlink()
+    refuses(tmp_path, str(tmp_path), "merges.txt", "tokenizer.json")
