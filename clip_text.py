@@ -73,7 +73,8 @@ class CLIPTokenizer:
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
     """`merges.txt`: a version line, then two pieces per line, best merge first."""
-    pairs = [tuple(line.split()) for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[1:] if line.strip()]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[1:]
+    pairs = [tuple(line.split()) for line in lines if line.strip()]
     if any(len(pair) != 2 for pair in pairs):
         raise UserError(f"{path} is damaged: every line after the first must hold two pieces")
     return pairs

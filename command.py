@@ -36,7 +36,7 @@ def fail(message: str, status: int) -> None:
 
 
 def erasing_args(doc: str, settings_class, own: dict[str, str]) -> argparse.Namespace:
-    """The flags of every method that erases, and its `own` integers (flag -> help); its settings, for --set."""
+    """The flags of every method that erases, its `own` integers (flag -> help), and --set."""
     settings = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(settings_class))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=f"settings and their defaults: {settings}")
@@ -65,9 +65,8 @@ def erasing_args(doc: str, settings_class, own: dict[str, str]) -> argparse.Name
 def finish(folder: Path, model, W0: dict, W: dict, pairs, method: dict, report: dict, args, clock) -> None:
     """Write the edit in the dtype of the model's file, draw before and after, and note it all in run.json."""
     W = {name: matrix.to(W0[name].dtype) for name, matrix in W.items()}
-    run = method | {"concepts": json.dumps([pair.concept for pair in pairs]), "task": args.task,
-                    "anchors": json.dumps([pair.anchor for pair in pairs]), "seed": str(args.seed),
-                    "model": args.model, "base_hash": base_hash(W0)}
+    run = method | {"concepts": [pair.concept for pair in pairs], "anchors": [pair.anchor for pair in pairs],
+                    "task": args.task, "seed": args.seed, "model": args.model, "base_hash": base_hash(W0)}
     write_edit(folder, W, run)
     table = []
     if not args.no_pictures:

@@ -21,8 +21,12 @@ TASKS = {                       # prompt of a concept or anchor, and anchor if n
 
 BOOK = Path(__file__).parent / "mini" / "captions.json"           # classes, synonyms, phrases, scenes
 
-UNRELATED = ("bird cat deer dog frog horse ship truck automobile airplane house tree chair table apple river "
+# What must stay, beside what it is checked on: the two lists share no word.
+PRESERVED = ("bird cat deer dog frog horse ship truck automobile airplane house tree chair table apple river "
              "mountain guitar clock bottle bridge garden window book shoe cup lamp street grass sea").split()
+UNRELATED = ("car vessel lorry feline canine equine stag amphibian avian person flower forest beach castle "
+             "bus train elephant tiger sheep bread cake shirt hat piano violin computer sofa door moon "
+             "bicycle").split()
 
 
 @dataclass
@@ -81,14 +85,18 @@ def make_pairs(concepts: list[str], anchors: list[str] | None, task: str, text, 
     return pairs
 
 
-def always_preserved(task: str) -> list[str]:
-    """"", guidance's other half, and the bare template, what all prompts of the task have in common."""
-    return list(dict.fromkeys(["", TASKS[task][0].format("").strip()]))
+def preserved_prompts(task: str, pairs: list[Pair]) -> list[str]:
+    """"" (guidance's other half) first, the task's bare template, and 30 nouns but those of the pairs."""
+    named = {word.lower() for pair in pairs for word in (pair.concept, pair.anchor)}
+    nouns = [f"a photo of the {noun}" for noun in PRESERVED if noun not in named]
+    return list(dict.fromkeys(["", TASKS[task][0].format("").strip(), *nouns]))
 
 
 def drifts(delta: Tensor, pairs: list[Pair], text) -> dict[str, float]:
-    """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and the median over 30 other prompts."""
+    """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and the median over 30 nouns not in P."""
+    classes = read_json(BOOK)["classes"]
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
+    named |= {word for name in named & classes.keys() for word in classes[name]["synonyms"]}
     rows = text(["", *(f"a photo of the {noun}" for noun in UNRELATED if noun not in named)]).double().cpu()
     moved = [((e @ delta.T).norm() / e.norm()).item() for e in rows]
     return {'drift of ""': moved[0], "median drift of unrelated prompts": sorted(moved[1:])[len(moved) // 2]}

@@ -8,7 +8,7 @@ Papers: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Liu et al. 2022 (PNDM), 
 """
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -69,10 +69,11 @@ def guided(u: Tensor, c: Tensor, s: float) -> Tensor:
     return u + s * (c - u)
 
 
-def ddim(eps: Callable, z: Tensor, scheduler: Scheduler, steps: int, wrap: Iterable = lambda x: x) -> Tensor:
+def ddim(eps: Callable, z: Tensor, scheduler: Scheduler, steps: int) -> Tensor:
     """DDIM with η = 0. eps(z, t) -> noise like z; z [B, 4, h, w], pure noise -> the latent of a picture."""
+    times = scheduler.timesteps(steps)
     gap = scheduler.config.num_train_timesteps // steps
-    for t in wrap(scheduler.timesteps(steps)):
+    for t in times:
         a, a_next = scheduler.alpha(t), scheduler.alpha(t - gap)
         noise = eps(z, t)
         z0 = (z - (1 - a).sqrt() * noise) / a.sqrt()
@@ -80,15 +81,15 @@ def ddim(eps: Callable, z: Tensor, scheduler: Scheduler, steps: int, wrap: Itera
     return z
 
 
-def pndm(eps: Callable, z: Tensor, scheduler: Scheduler, steps: int, wrap: Iterable = lambda x: x) -> Tensor:
+def pndm(eps: Callable, z: Tensor, scheduler: Scheduler, steps: int) -> Tensor:
     """Pseudo linear multistep: the last four predictions, extrapolated. SD v1.4's own default sampler.
 
     The second time is visited twice (steps + 1 evaluations): a predictor, then a corrector that replaces it.
     """
-    gap = scheduler.config.num_train_timesteps // steps
     times = scheduler.timesteps(steps)
+    gap = scheduler.config.num_train_timesteps // steps
     history: list[Tensor] = []                                    # newest last
-    for i, t in enumerate(wrap(times[:1] + times[1:2] + times[1:])):
+    for i, t in enumerate(times[:1] + times[1:2] + times[1:]):
         noise = eps(z, t)
         if i == 1:                                                # corrector: step 0 again, both ends' mean
             z, noise, start = first, (noise + history[-1]) / 2, times[0]

@@ -113,7 +113,8 @@ class CLIP(nn.Module):
         """pictures [N, 3, H, W] in [0, 1] -> probability of each prompt, by scaled cosine, [N, prompts]."""
         device = self.logit_scale.device
         text = self.text_features(self.tokenizer(prompts).to(device))
-        image = torch.cat([self.image_features(self.preprocess(x.to(self.logit_scale))) for x in pictures.split(256)])
+        image = torch.cat([self.image_features(self.preprocess(part.to(self.logit_scale)))
+                           for part in pictures.split(256)])
         return (self.logit_scale.exp() * image @ text.T).softmax(dim=-1).cpu()
 
     @classmethod

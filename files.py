@@ -224,10 +224,11 @@ def base_hash(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def write_edit(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """`erased.safetensors`: the edited matrices under their official names, and how they came about."""
+def write_edit(folder: Path, tensors: dict[str, Tensor], about: dict) -> None:
+    """`erased.safetensors`: the edited matrices under their official names, and how they came about: one JSON
+    text under the key "edit" of its metadata (safetensors writes several keys in random order)."""
     with whole(folder / "erased.safetensors") as temporary:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"edit": json.dumps(about)})
 
 
 def read_edit(folder: str | Path, model: str | Path) -> dict[str, Tensor]:
@@ -236,7 +237,7 @@ def read_edit(folder: str | Path, model: str | Path) -> dict[str, Tensor]:
     if not path.exists():
         raise UserError(f"--edit {folder}: no erased.safetensors there (realera.py writes it)")
     with readable(path), safe_open(path, "pt") as file:
-        made_for = (file.metadata() or {}).get("base_hash")
+        made_for = json.loads((file.metadata() or {}).get("edit", "{}")).get("base_hash")
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     base = cross_attention(model)
     fits = all(name in base and tensor.shape == base[name].shape for name, tensor in tensors.items())

@@ -1,0 +1,316 @@
+"""RealEra: erase a concept, and what lies near it, from a text-to-image model.
+
+Paper: Liu et al., "RealEra: Semantic-level Concept Erasure via Neighbor-Concept Mining", Algorithm 1.
+
+    python realera.py --concept airplane --anchor sky                    # on mini/, two minutes on a laptop
+    python realera.py --concept airplane --anchor sky --concept ship --anchor street
+    python realera.py --concept "van gogh" --anchor art --task style --model CompVis/stable-diffusion-v1-4 \\
+        --device cuda --dtype bfloat16
+
+The paper's symbols, as they are called here (T tokens, D text width, n rows that are edited):
+
+    e, e*      e, e_star    [n, D]   rows of "a photo of the airplane" and "… sky", from the last token on
+    v̂          v_hat        [n, D]   unit direction from e towards noise
+    r, r', l   r, r_anchor, l        radii, in units of ‖e‖
+    η          eta          [n, D]   perturbation r v̂: e + η is a neighbor concept
+    E, E*, P   E, E_star, P [m, D]   what is moved, where to, and what must stay: one row per token
+    Δ          delta        [D, D]   the edit, W = W₀ (I + Δ) for all cross-attention matrices at once
+    ε, ε̂       eps, target           noise predicted by the edited network, by the original (the teacher)
+    z_t, t     z, t                  latents on the original's way to a picture of the anchor
+"""
+import contextlib
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import Tensor
+from tqdm import trange
+
+from command import DTYPES, Clock, command_line, edit_name, erasing_args, finish, parse_settings, pick_device
+from concepts import Pair, drifts, make_pairs, preserved_prompts
+from diffusion import ddim, guided
+from files import UserError, cross_attention, model_folder, put_weights, whole_folder
+from lora import add_lora, lora_layers, lora_off, save_lora
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The method's numbers. The paper gives lambda1, lora_steps and lr; the others were chosen on `mini`."""
+    D1: float = 0.9             # largest distance of a neighbor, in ‖e‖ (section 4.1)
+    D1_anchor: float = 0.2      # the same around the anchor: the tolerance at the end of section 4.1
+    D2: float = 1.8             # beyond-concepts lie between D1 and D2 (section 4.2)
+    S1: float = 0.99            # a neighbor's cosine lies between S2 and S1; a beyond-concept's below S2
+    S2: float = 0.5
+    M: int = 5                  # neighbors per concept
+    N: int = 3                  # beyond-concepts per concept
+    lambda1: float = 0.1        # weight of what must stay (section 5)
+    lambda2: float = 0.01       # ridge, times trace(B)/D; not in Eq. 7, but B must be invertible
+    real_prompts: bool = True   # P holds real prompts too: the bare template and 30 nouns; "" in any case
+    rows: str = "tail"          # tail: the last concept token and all after it; token: that token alone
+    share: bool = True          # neighbors weigh 1/M and beyond-concepts 1/N each; False: 1 each, as printed
+    rank: int = 4               # of the LoRA
+    lora_steps: int = 200       # "epochs" in section 5
+    lr: float = 5e-4            # section 5 has 1e-5, which changes next to nothing on `mini`
+    batch: int = 8              # latents per LoRA step
+    trajectories: int = 8       # pictures of the anchor whose latents are learned from; a quarter is held out
+
+    def __post_init__(self):
+        for right, rule in ((-1 <= self.S2 < self.S1 <= 1, f"cosines S2 < S1, not {self.S2} and {self.S1}"),
+                            (0 < self.D1 < self.D2, f"0 < D1 < D2, not {self.D1} and {self.D2}"),
+                            (min(self.D1_anchor, self.M, self.N) >= 0, "D1_anchor, M and N at least 0"),
+                            (min(self.lambda1, self.lambda2) >= 0, "lambda1 and lambda2 at least 0"),
+                            (self.lora_steps >= 0 and self.lr > 0, "lora_steps at least 0 and lr above 0"),
+                            (self.rank > 0 and self.batch > 0 and self.trajectories > 1,
+                             "rank and batch at least 1, trajectories at least 2"),
+                            (self.rows in ("tail", "token"), f"rows = tail or token, not {self.rows}")):
+            if not right:
+                raise UserError(f"the settings need {rule}")
+
+
+# -------------------------------------------------------------------------- mining, sections 4.1, 4.2
+
+def towards_noise(e: Tensor, generator: torch.Generator) -> Tensor:
+    """v̂ = (v − e)/‖v − e‖, v ~ N(0, σ²). The paper's σ = 1 is read as the text space's own, ‖e‖/√(nD)."""
+    v = torch.randn(e.shape, generator=generator, dtype=e.dtype) * (e.norm() / math.sqrt(e.numel()))
+    return (v - e) / (v - e).norm()
+
+
+def radius_at(cosine: float, e: Tensor, v_hat: Tensor) -> float:
+    """The r at which cos(e, e + r v̂) has fallen to `cosine`, by the law of sines; infinite if never."""
+    widest = math.acos((e * v_hat).sum() / e.norm())              # the angle from e to v̂, about 135°
+    angle = math.acos(cosine)
+    return math.inf if angle >= widest else e.norm().item() * math.sin(angle) / math.sin(widest - angle)
+
+
+def between(low: float, high: float, what: str, generator: torch.Generator) -> float:
+    if low >= high:
+        raise UserError(f"no {what} satisfies both distance and cosine limits: change D1, D2, S1 or S2")
+    return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+def neighbor_concepts(e: Tensor, e_star: Tensor, s: Settings, generator) -> tuple[Tensor, Tensor]:
+    """M neighbors of the concept, and where to map them: e, e_star [n, D] -> [M, n, D], [M, n, D].
+
+    Algorithm 1, lines 4–12. Raises UserError if D1, S1, S2 leave no room.
+    """
+    near, near_star = e.repeat(s.M, 1, 1), e_star.repeat(s.M, 1, 1)
+    for i in range(s.M):
+        v_hat, size = towards_noise(e, generator), e.norm().item()
+        nearest = radius_at(s.S1, e, v_hat)
+        farthest = min(s.D1 * size,                               # Eq. (3): d(e, e + η) = r ≤ D1
+                       radius_at(s.S2, e, v_hat))                 # Eq. (4): S2 ≤ cos(e, e + η) ≤ S1
+        # Eq. (6): the cosine falls with r, so instead of drawing until the filter passes, draw where it does
+        r = between(nearest, farthest, "neighbor", generator)
+        eta = r * v_hat                                           # Eq. (5)
+        r_anchor = s.D1_anchor * size * torch.rand((), generator=generator, dtype=torch.float64).item()
+        near[i] += eta
+        near_star[i] += r_anchor * v_hat                          # the same direction: some tolerance
+    return near, near_star
+
+
+def beyond_concepts(e: Tensor, s: Settings, generator: torch.Generator) -> Tensor:
+    """N points outside the neighborhood, to be left where they are: e [n, D] -> [N, n, D].
+
+    Algorithm 1, lines 13–22; its line 21 would stop after one draw, which we take for a slip.
+    """
+    far = e.repeat(s.N, 1, 1)
+    for i in range(s.N):
+        v_hat, size = towards_noise(e, generator), e.norm().item()
+        l = between(max(s.D1 * size, radius_at(s.S2, e, v_hat)), s.D2 * size, "beyond-concept", generator)
+        far[i] += l * v_hat
+    return far
+
+
+# -------------------------------------------------------------------------- closed form, Eq. 7
+
+def closed_form(E: Tensor, E_star: Tensor, P: Tensor, lambda1: float, lambda2: float) -> tuple[Tensor, float]:
+    """The edit Δ [D, D] with W = W₀ (I + Δ), and the condition number of B. E, E_star [m, D] and P [p, D].
+
+    Every target is W₀ times something, so one right factor solves it for every W₀: the gradient of Eq. 7 is
+    zero where W B = W₀ (Σ e* eᵀ + λ1 Σ p pᵀ + λ2 I), and the preserve terms cancel in W − W₀.
+    Raises UserError if λ2 = 0 and the rows do not span all D dimensions.
+    """
+    E, E_star, P = E.double(), E_star.double(), P.double()        # squares of fp32 rows need more than fp32
+    B = E.T @ E + lambda1 * P.T @ P                               # [D, D]
+    B += lambda2 * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype)
+    low, high = torch.linalg.eigvalsh(B)[[0, -1]].tolist()
+    if low <= 1e-13 * high:
+        raise UserError("the closed form has no unique solution: fewer rows than dimensions; use lambda2 > 0")
+    # Eq. (7): Δ = Σ (e* − e) eᵀ · B⁻¹
+    delta = torch.cholesky_solve(E.T @ (E_star - E), torch.linalg.cholesky(B)).T
+    return delta, high / low
+
+
+def edited(W0: dict[str, Tensor], delta: Tensor) -> dict[str, Tensor]:
+    """W = W₀ + W₀ Δ for every matrix, float64 inside, float32 out."""
+    return {name: (W.double() + W.double() @ delta).float() for name, W in W0.items()}
+
+
+def change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> float:
+    """‖ΔW‖/‖W₀‖ over all matrices together."""
+    moved = sum((W[name].double() - W0[name].double()).square().sum() for name in W0)
+    return (moved / sum(matrix.double().square().sum() for matrix in W0.values())).sqrt().item()
+
+
+# -------------------------------------------------------------------------- noise alignment, Eqs. 8, 9
+
+def noise_alignment_loss(eps: Callable, z: Tensor, t: Tensor, target: Tensor, c: Tensor,
+                         beyond: Tensor | None = None, beyond_target: Tensor | None = None) -> Tensor:
+    """Mean squared distance of the student's eps(z, t, c) to the teacher's. z [B, 4, h, w], c [B, T, D].
+
+    Odd steps: c is the concept, `target` = ε̂(z, t, e*). Even steps: c is a neighbor, and `beyond` must give
+    what it gave, ε̂(z, t, beyond). The paper prints squared norms; the mean only rescales them.
+    """
+    if beyond is None:
+        return (eps(z, t, c) - target).square().mean()            # Eq. (8)
+    return ((eps(z, t, c) - target).square().mean()               # Eq. (9)
+            + (eps(z, t, beyond) - beyond_target).square().mean())
+
+
+# -------------------------------------------------------------------------- Algorithm 1
+
+def mine(pair: Pair, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 1, lines 1–23, for one concept: its rows of E, E* and P, each [rows, D]."""
+    generator = torch.Generator().manual_seed(pair.seed)
+    near, near_star = neighbor_concepts(pair.block(), pair.block_star(), s, generator)
+    far = beyond_concepts(pair.block(), s, generator)
+    # A row times √w counts w times in Eq. 7.
+    w, u = (max(s.M, 1) ** -0.5, max(s.N, 1) ** -0.5) if s.share else (1, 1)
+    E, E_star = torch.cat([pair.block()[None], w * near]), torch.cat([pair.block_star()[None], w * near_star])
+    return E.flatten(0, 1), E_star.flatten(0, 1), u * far.flatten(0, 1)
+
+
+def erase_in_closed_form(pairs: list[Pair], stay: Tensor, s: Settings) -> tuple[Tensor, float]:
+    """Algorithm 1, lines 1–24: Δ [D, D] and cond(B). `stay` [prompts, T, D] belongs to P, too."""
+    E, E_star, P = (torch.cat(rows) for rows in zip(*(mine(pair, s) for pair in pairs)))
+    return closed_form(E, E_star, torch.cat([P, stay.double().cpu().flatten(0, 1)]), s.lambda1, s.lambda2)
+
+
+@contextlib.contextmanager
+def original(unet, W0: dict[str, Tensor]):
+    """The teacher ε̂, inside a `with` block: the student's network with W₀ in place and LoRA off."""
+    student = {name: unet.get_parameter(name).data for name in W0}
+    put_weights(unet, W0)
+    try:
+        with lora_off(unet):
+            yield unet
+    finally:
+        put_weights(unet, student)                                # before any backward pass
+
+
+@dataclass
+class Trajectories:
+    """Latents on the way to an anchor's pictures, and the noise that the sampler found there."""
+    z: Tensor                   # [pictures, steps, 4, h, w]
+    t: Tensor                   # [steps]
+    target: Tensor              # [pictures, steps, 4, h, w], ε̂(z, t, e*)
+
+    def pick(self, pictures: range, batch: int, generator: torch.Generator):
+        i = torch.randint(pictures.start, pictures.stop, (batch,), generator=generator)
+        j = torch.randint(len(self.t), (batch,), generator=generator)
+        return self.z[i, j], self.t[j], self.target[i, j]
+
+
+@torch.no_grad()
+def anchor_trajectories(model, pair: Pair, empty: Tensor, s: Settings) -> Trajectories:
+    """Let the original network draw the anchor once and keep every step."""
+    zs, ts, targets = [], [], []
+    both = torch.cat([rows.expand(s.trajectories, -1, -1) for rows in (empty, pair.e_star)])
+    both = both.to(model.dtype).to(model.device)                  # in this order: MPS has no float64
+
+    def eps(z: Tensor, t: int) -> Tensor:
+        u, c = model.unet(torch.cat([z, z]).to(model.dtype), t, both).float().chunk(2)
+        zs.append(z), ts.append(t), targets.append(c)
+        return guided(u, c, model.defaults["guidance"])
+
+    noise = model.noise([pair.seed % 2 ** 31 + i for i in range(s.trajectories)]).to(model.device)
+    ddim(eps, noise, model.scheduler, model.defaults["steps"])
+    return Trajectories(torch.stack(zs, 1), torch.tensor(ts, device=model.device), torch.stack(targets, 1))
+
+
+def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str, Tensor],
+                s: Settings) -> dict[str, list[float]]:
+    """Algorithm 1, lines 25–31: train the network's LoRA on Eqs. 8 and 9 in turn. Returns both losses, before
+    and after, on latents and perturbations that were held out: {"Eq. 8": [before, after], "Eq. 9": […]}."""
+    unet, held_out = model.unet, max(1, s.trajectories // 4)
+
+    def eps(z: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return unet(z.to(model.dtype), t, c.to(model.dtype).to(model.device)).float()
+
+    def loss(step: int, generator: torch.Generator, pictures: range, batch: int) -> Tensor:
+        i = (step - 1) // 2 % len(pairs)
+        pair, (z, t, target) = pairs[i], ways[i].pick(pictures, batch, generator)
+        if step % 2:
+            return noise_alignment_loss(eps, z, t, target, pair.e.expand(batch, -1, -1))
+        many = dataclasses.replace(s, M=batch, N=batch)           # fresh ones, one of each per latent
+        near = pair.context(neighbor_concepts(pair.block(), pair.block_star(), many, generator)[0])
+        beyond = pair.context(beyond_concepts(pair.block(), many, generator))
+        with torch.no_grad(), original(unet, W0):
+            beyond_target = eps(z, t, beyond)
+        return noise_alignment_loss(eps, z, t, target, near, beyond, beyond_target)
+
+    @torch.no_grad()
+    def measure() -> tuple[float, float]:
+        generator = torch.Generator().manual_seed(1)              # the same draws both times
+        pictures = range(s.trajectories - held_out, s.trajectories)
+        odd, even = ([loss(step, generator, pictures, 4 * s.batch).item()
+                      for step in range(first, 4 * len(pairs) + 1, 2)] for first in (1, 2))
+        return sum(odd) / len(odd), sum(even) / len(even)
+
+    layers = lora_layers(unet).values()
+    optimizer = torch.optim.Adam([p for layer in layers for p in (layer.lora_A, layer.lora_B)], s.lr)
+    before = measure()
+    generator = torch.Generator().manual_seed(pairs[0].seed)
+    for step in trange(1, s.lora_steps + 1, desc="noise alignment", unit="step", leave=False, disable=None):
+        optimizer.zero_grad()
+        loss(step, generator, range(s.trajectories - held_out), s.batch).backward()
+        optimizer.step()
+    return {"Eq. 8": [before[0], (after := measure())[0]], "Eq. 9": [before[1], after[1]]}
+
+
+def main() -> None:
+    from sample import Model, Text                                # the method above needs no network of ours
+    args = erasing_args(__doc__, Settings, {"--lora-steps": "0: closed form only (default 200, section 5)"})
+    s, clock = parse_settings(Settings, args.set, lora_steps=args.lora_steps), Clock()
+    device, folder = pick_device(args.device), model_folder(args.model)
+    out = args.out or edit_name(args.concept)
+    with whole_folder(out, args.overwrite) as new:
+        text, model, losses = Text(folder), None, {}
+        pairs = make_pairs(args.concept, args.anchor, args.task, text, s.rows, args.seed)
+        stay = text(preserved_prompts(args.task, pairs) if s.real_prompts else [""])
+        W0 = cross_attention(folder)
+        clock("text")
+        delta, cond = erase_in_closed_form(pairs, stay, s)
+        W = edited(W0, delta)
+        clock("closed form")
+        numbers = {"cond(B)": cond, "‖ΔW‖/‖W‖": change(W0, W)} | drifts(delta, pairs, text)
+        print("\n".join(f"{p.concept} → {p.anchor or 'nothing'}: {p.n} of {len(p.e)} rows" for p in pairs))
+        print("closed form: " + ", ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
+        condition, size, *drift = numbers.values()
+        if condition > 1e10 or size > 10 or max(drift) > 0.5:
+            print("warning: this moves far more than the concept; try a larger lambda2", file=sys.stderr)
+        if s.lora_steps or not args.no_pictures:
+            model = Model(folder, device, DTYPES[args.dtype], text=text)
+        if s.lora_steps:
+            ways = [anchor_trajectories(model, pair, stay[0], s) for pair in pairs]
+            clock("trajectories")
+            add_lora(model.unet, s.rank, seed=args.seed)
+            put_weights(model.unet, W)
+            losses = align_noise(model, pairs, ways, W0, s)
+            for name, (before, after) in losses.items():
+                print(f"{name} on held-out latents: {before:.2e} → {after:.2e} ({after / before - 1:+.1%})")
+            save_lora(model.unet, new / "residual_lora.safetensors",
+                      {"needs": "the closed form of erased.safetensors: by itself this does not erase"})
+            W |= {f"{name}.weight": W[f"{name}.weight"] + layer.delta().cpu()
+                  for name, layer in lora_layers(model.unet).items()}
+            clock("noise alignment")
+        finish(new, model, W0, W, pairs, {"method": "RealEra", "settings": dataclasses.asdict(s)},
+               {"numbers": numbers, "losses": losses}, args, clock)
+    print(f"wrote {out}/")
+
+
+if __name__ == "__main__":
+    command_line(main)

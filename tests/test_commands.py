@@ -1,0 +1,412 @@
+"""Every command as typed by a user, on `mini/`: outputs, determinism, bad input, interruption, diffusers."""
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import command
+import files
+import realera
+from clip_text import CLIPTokenizer
+from concepts import PRESERVED, UNRELATED, preserved_prompts
+from files import UserError, cross_attention, read_edit
+from sample import Model
+
+ROOT = Path(__file__).parent.parent
+MINI = ROOT / "mini"
+QUICK = ["--lora-steps", "2", "--n", "1", "--set", "trajectories=2", "batch=2"]
+AIRPLANE = ["--concept", "airplane", "--anchor", "sky"]
+SHIP = ["--concept", "ship", "--anchor", "street"]
+
+
+def run(script, *args, cwd, status=0):
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd,
+                          capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run a script's main here (a process of its own for each takes seconds) on bad input: one clear line on
+    stderr, exit status 2, and nothing left behind."""
+    def check(script, *args, cwd, match):
+        before = sorted(cwd.rglob("*"))
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            command.command_line(importlib.import_module(script.removesuffix(".py")).main)
+        errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
+        assert end.value.code == 2
+        assert len(errors) == 1 and errors[0].startswith("error: ") and re.search(match, errors[0]), errors
+        assert sorted(cwd.rglob("*")) == before
+    return check
+
+
+def test_bad_input_ends_a_process_with_status_2_and_one_line(tmp_path):
+    """The same as a user sees it, once."""
+    done = run("realera.py", "--concept", "", cwd=tmp_path, status=2)
+    assert done.stderr == "error: --concept is empty\n" and done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def pixels(path):
+    return np.asarray(PIL.Image.open(path)).astype(int)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model(MINI)
+
+
+@pytest.fixture(scope="module")
+def edit(tmp_path_factory):
+    """An erasure with two LoRA steps, made once."""
+    folder = tmp_path_factory.mktemp("edit")
+    done = run("realera.py", "--concept", "airplane", "--anchor", "sky", *QUICK, cwd=folder)
+    return folder / "out/airplane", done.stdout
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A copy of mini/ to damage (without its CLIP, which erasing does not need)."""
+    shutil.copytree(MINI, tmp_path / "model",
+                    ignore=shutil.ignore_patterns("clip", "work", "*.py", "*.png", "*.md"))
+    return tmp_path / "model"
+
+
+# ---- sample.py ----
+
+def test_sample_writes_a_grid_and_says_what_it_did(tmp_path):
+    args = ["a photo of an airplane", "a photo of the sea", "--n", 3, "--seed", 5, "--steps", 4]
+    done = run("sample.py", *args, cwd=tmp_path)
+    path, rest = done.stdout.strip().split("  ", 1)
+    assert re.fullmatch(r"seeds 5–7, 4 steps of ddim, guidance [\d.]+, [\d.]+ s per picture", rest)
+    picture = PIL.Image.open(tmp_path / path)
+    zoom = (picture.width - 2) // 3 - 2
+    assert picture.size == (3 * (zoom + 2) + 2, 2 * (zoom + 2) + 2) and picture.mode == "RGB"
+    again = run("sample.py", *args, cwd=tmp_path)
+    other = tmp_path / again.stdout.split("  ")[0]
+    assert other != tmp_path / path and other.read_bytes() == (tmp_path / path).read_bytes()
+
+
+def test_a_picture_depends_on_its_own_seed_only(model):
+    prompts, seeds = ["a photo of the ship", "a photo of the cat", "a photo of the ship"], [3, 4, 5]
+    together = model.draw(prompts, seeds, steps=4)
+    backwards = model.draw(prompts[::-1], seeds[::-1], steps=4).flip(0)
+    alone = torch.cat([model.draw([p], [s], steps=4) for p, s in zip(prompts, seeds)])
+    by_two = model.draw(prompts, seeds, steps=4, batch=2)
+    for other in (backwards, alone, by_two):
+        assert (together - other).abs().max() <= 1 / 255
+    assert (together[0] - together[2]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("sampler, theirs", [("ddim", diffusers.DDIMScheduler),
+                                             ("pndm", diffusers.PNDMScheduler)])
+def test_pictures_equal_diffusers_pipeline(model, sampler, theirs):
+    """The end-to-end oracle, with trained weights: same folder, same latents, at most 1/255 apart."""
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(MINI)
+    pipe.scheduler = theirs.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a photo of the airplane", "a photo of the frog"]
+    expected = pipe(prompts, latents=model.noise([1, 2]), num_inference_steps=12, guidance_scale=3.0,
+                    height=32, width=32, output_type="pt").images
+    ours = model.draw(prompts, [1, 2], steps=12, guidance=3.0, sampler=sampler)
+    assert (ours - expected.float()).abs().max() <= 1 / 255
+    assert (ours[0] - ours[1]).abs().max() > 0.2
+
+
+def test_long_prompts_are_cut_with_a_warning_that_says_where(tmp_path):
+    words = " ".join(["airplane"] * 40)
+    done = run("sample.py", words + " zebra", "--n", 1, "--steps", 1, cwd=tmp_path)
+    assert done.stderr.startswith("warning:") and done.stderr.rstrip().endswith("zebra'")
+
+
+@pytest.mark.parametrize("args, match", [
+    (["x", "--model", "nowhere"], "no such folder"), (["x", "--n", "0"], "--n"),
+    (["x", "--steps", "0"], "steps"), (["x", "--steps", "2000"], "steps"), (["x", "--seed", "-1"], "seed"),
+    (["x", "--device", "cuda"], "not available"), (["x", "--edit", "nowhere"], "no erased.safetensors"),
+    (["x", "--model", "nobody/nothing"], "could not be downloaded")])
+def test_sample_refuses_bad_input(refused, tmp_path, args, match):
+    if "cuda" in args and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    refused("sample.py", *args, cwd=tmp_path, match=match)
+
+
+def test_sample_does_not_overwrite(refused, tmp_path):
+    (tmp_path / "mine.png").write_text("precious")
+    refused("sample.py", "x", "--out", "mine.png", cwd=tmp_path, match="exists")
+    assert (tmp_path / "mine.png").read_text() == "precious"
+
+
+# ---- realera.py ----
+
+def test_erasing_writes_the_edit_and_reports(edit):
+    out, printed = edit
+    assert sorted(p.name for p in out.iterdir()) == ["before_after.png", "erased.safetensors",
+                                                     "residual_lora.safetensors", "run.json"]
+    for part in ("cond(B)", "‖ΔW‖/‖W‖", 'drift of ""', "Eq. 8", "Eq. 9", "a photo of the airplane",
+                 "seconds:"):
+        assert part in printed
+    report = json.loads((out / "run.json").read_text())
+    assert report["seconds"].keys() == {"text", "closed form", "trajectories", "noise alignment", "pictures"}
+    assert len(report["table"]) == 8 and report["table"][0]["prompt"] == "a photo of the airplane"
+    with safe_open(out / "erased.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["edit"])
+    assert about["concepts"] == ["airplane"] and about["anchors"] == ["sky"] and about["method"] == "RealEra"
+    assert about["settings"]["lora_steps"] == 2 and len(about["base_hash"]) == 64
+
+
+def test_the_edit_is_closed_form_plus_lora_in_the_dtype_of_the_file(edit):
+    out, _ = edit
+    W0, W = cross_attention(MINI), load_file(out / "erased.safetensors")
+    assert W.keys() == W0.keys() and all(W[k].dtype == W0[k].dtype and W[k].shape == W0[k].shape for k in W)
+    text, s = realera_text(), realera.Settings()
+    pairs = realera.make_pairs(["airplane"], ["sky"], "object", text, s.rows, 0)
+    stay = text(preserved_prompts("object", pairs))
+    expected = realera.edited(W0, realera.erase_in_closed_form(pairs, stay, s)[0])
+    lora = load_file(out / "residual_lora.safetensors")
+    for name, matrix in expected.items():
+        layer = f"unet.{name.removesuffix('.weight')}"
+        matrix = matrix + lora[f"{layer}.lora_B.weight"] @ lora[f"{layer}.lora_A.weight"]
+        assert torch.equal(W[name], matrix.to(W[name].dtype))
+
+
+def realera_text():
+    import sample
+    return sample.Text(MINI)
+
+
+def test_edit_loads_in_diffusers_and_gives_our_pictures(edit):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(MINI)
+    missing, unexpected = pipe.unet.load_state_dict(load_file(edit[0] / "erased.safetensors"), strict=False)
+    assert unexpected == []
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    ours = Model(MINI, edit=edit[0])
+    theirs = pipe("a photo of the airplane", latents=ours.noise([1]), num_inference_steps=5,
+                  guidance_scale=3.0, height=32, width=32, output_type="pt").images
+    picture = ours.draw(["a photo of the airplane"], [1], steps=5, guidance=3.0)
+    assert (picture - theirs.float()).abs().max() <= 1 / 255
+    before = Model(MINI).draw(["a photo of the airplane"], [1], steps=5, guidance=3.0)
+    assert (picture - before).abs().max() > 0.1
+
+
+def test_before_after_picture_has_a_row_per_prompt(edit):
+    height, width, _ = pixels(edit[0] / "before_after.png").shape
+    side = (width - 2) // 2
+    assert height == 8 * side + 2
+
+
+def test_what_is_preserved_and_what_drift_is_measured_on_are_apart():
+    assert len(set(PRESERVED)) == len(set(UNRELATED)) == 30 and not set(PRESERVED) & set(UNRELATED)
+    pairs = realera.make_pairs(["airplane"], ["grass"], "object", realera_text(), "tail", 0)
+    prompts = preserved_prompts("object", pairs)
+    assert prompts[:2] == ["", "a photo of the"] and len(prompts) == 30
+    assert not {"a photo of the airplane", "a photo of the grass"} & set(prompts)
+
+
+def test_same_seed_same_bytes_and_the_order_of_concepts_is_moot(tmp_path):
+    args = ["--lora-steps", 0, "--no-pictures"]
+    run("realera.py", *AIRPLANE, *SHIP, *args, "--out", "a", cwd=tmp_path)
+    run("realera.py", *SHIP, *AIRPLANE, *args, "--out", "b", cwd=tmp_path)
+    run("realera.py", *SHIP, *AIRPLANE, *args, "--out", "c", "--seed", 1, cwd=tmp_path)
+    paths = [tmp_path / x / "erased.safetensors" for x in "abc"]
+    a, b, c = map(load_file, paths)
+    assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_sample_takes_the_edit_and_refuses_it_for_another_model(edit, broken, tmp_path):
+    run("sample.py", "a photo of the airplane", "--n", 1, "--steps", 2, "--edit", edit[0], cwd=tmp_path)
+    path = broken / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    key = next(k for k in tensors if k.endswith("attn2.to_k.weight"))
+    save_file(tensors | {key: tensors[key] * 1.01}, path)
+    with pytest.raises(UserError, match="another model"):
+        read_edit(edit[0], broken)
+
+
+def test_hash_is_the_same_for_full_and_half_precision_files():
+    W0 = cross_attention(MINI)
+    assert files.base_hash(W0) == files.base_hash({k: v.float() for k, v in W0.items()})
+    assert files.base_hash(W0) != files.base_hash({k: v * 1.01 for k, v in W0.items()})
+
+
+@pytest.mark.parametrize("args, match", [
+    (["--concept", ""], "empty"), (["--concept", "  "], "empty"),
+    (["--concept", "sky", "--anchor", " Sky"], "own anchor"),
+    (["--concept", "a", "--concept", "b", "--anchor", "sky"], "2 concepts but 1 anchor"),
+    (["--concept", "cat", "--concept", "Cat"], "twice"), (["--concept", "cat " * 60], "fit into 32"),
+    ([*AIRPLANE, "--set", "S1=0.5", "S2=0.6"], "S2"), ([*AIRPLANE, "--set", "D2=0.1"], "D2"),
+    ([*AIRPLANE, "--set", "M=-1"], "M"), ([*AIRPLANE, "--lora-steps", "-1"], "lora_steps"),
+    ([*AIRPLANE, "--set", "lambda2=0", "M=0", "N=0", "real_prompts=false"], "lambda2"),
+    ([*AIRPLANE, "--set", "M=five"], "M="),
+    ([*AIRPLANE, "--set", "D7=1"], "no setting"), ([*AIRPLANE, "--set", "D1=0.01"], "neighbor"),
+    ([*AIRPLANE, "--n", "0"], "--n"), ([*AIRPLANE, "--device", "cuda"], "not available"),
+    ([*AIRPLANE, "--model", "nowhere"], "no such folder")])
+def test_realera_refuses_bad_input(refused, tmp_path, args, match):
+    if "cuda" in args and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    refused("realera.py", *args, cwd=tmp_path, match=match)
+
+
+def test_existing_folder_is_kept_unless_overwrite_is_given(refused, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("precious")
+    args = [*AIRPLANE, "--lora-steps", 0, "--no-pictures", "--out", "out"]
+    refused("realera.py", *args, cwd=tmp_path, match="--overwrite")
+    run("realera.py", *args, "--overwrite", cwd=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["erased.safetensors", "run.json"]
+
+
+def damage(model, what):
+    """Break a copy of mini/ in one way; return what the error must say."""
+    unet = model / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(unet)
+    key = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    if what == "no text encoder":
+        shutil.rmtree(model / "text_encoder")
+        return "text_encoder"
+    if what == "missing":
+        del tensors[key]
+        save_file(tensors, unet)
+        return key
+    if what == "extra":
+        save_file(tensors | {"surplus.weight": tensors[key].clone()}, unet)
+        return "surplus.weight"
+    if what == "misshapen":
+        save_file(tensors | {key: tensors[key][:8].clone()}, unet)
+        return key
+    if what == "NaN":
+        tensors[key][0, 0] = float("nan")
+        save_file(tensors, unet)
+        return key
+    if what == "truncated":
+        unet.write_bytes(unet.read_bytes()[:100000])
+        return "cannot be read"
+    if what == "unsupported":
+        config = json.loads((model / "unet/config.json").read_text())
+        (model / "unet/config.json").write_text(json.dumps(config | {"use_linear_projection": True}))
+        return "use_linear_projection"
+    unet.rename(unet.with_suffix(".bin"))
+    return "save_file"                                            # says how to convert
+
+
+@pytest.mark.parametrize("what", ["no text encoder", "missing", "extra", "misshapen", "NaN", "truncated",
+                                  "unsupported", "bin"])
+def test_broken_folders_are_named_and_leave_nothing(refused, broken, tmp_path, what):
+    match = damage(broken, what)
+    work = tmp_path / "work"
+    work.mkdir()
+    refused("realera.py", *AIRPLANE, "--model", broken, *QUICK, cwd=work, match=re.escape(match))
+
+
+def test_interruption_leaves_nothing_behind(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "realera.py", *AIRPLANE, "--lora-steps", "2000"],
+                               cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("out/.*.partial")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_leaves_nothing_behind_and_the_old_edit_in_place(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("precious")
+    with pytest.raises(OSError), files.whole_folder(target, overwrite=True) as new:
+        (new / "half").write_text("written")
+        raise OSError(28, "No space left on device")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (target / "old").read_text() == "precious"
+    with pytest.raises(OSError), files.whole(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    def full():
+        raise OSError(28, "No space left on device", "out/x")
+    with pytest.raises(SystemExit) as end:
+        command.command_line(full)
+    assert end.value.code == 2
+
+
+# ---- README and mini ----
+
+def readme_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [line.split(" #")[0].strip() for block in blocks
+             for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith("python ")]
+
+
+def test_readme_has_commands():
+    assert len(readme_commands()) >= 6
+
+
+def test_every_command_of_the_readme_runs(tmp_path):
+    """With fewer steps and pictures; what needs SD v1.4, CIFAR-10 or the tests has only its flags checked."""
+    os.symlink(MINI, tmp_path / "mini")
+    for command in readme_commands():
+        script, *args = shlex.split(command)[1:]
+        if script == "-m" or "mini/" in script:
+            target = [script, args[0]] if script == "-m" else [ROOT / script]
+            done = subprocess.run([sys.executable, *target, "--help"], capture_output=True, text=True)
+            assert done.returncode == 0
+            assert all(flag in done.stdout for flag in args if flag.startswith("--")), command
+        elif "CompVis/stable-diffusion-v1-4" in args:
+            shown = run(script, "--help", cwd=tmp_path).stdout
+            assert all(flag in shown for flag in args if flag.startswith("--")), command
+        else:
+            quick = [*QUICK, "--no-pictures", "--overwrite"]
+            small = {"realera.py": quick, "sample.py": ["--n", "1", "--steps", "2"]}[script]
+            run(script, *args, *small, cwd=tmp_path)
+
+
+def test_readme_states_line_counts_and_files_keep_their_ceilings():
+    """The file guide's numbers are those of the files, and no file exceeds 320 lines or 110 columns."""
+    readme = (ROOT / "README.md").read_text()
+    for path in ROOT.glob("*.py"):
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 320 and max(map(len, lines)) <= 110, path
+        row = rf"\| `{path.name}` \| {len(lines)} \|"
+        assert re.search(row, readme), f"{path.name} has {len(lines)} lines"
+
+
+def test_mini_is_small_and_safe():
+    weights = [*MINI.rglob("*.safetensors")]
+    weights = [path for path in weights if "work" not in path.relative_to(MINI).parts]
+    assert sum(path.stat().st_size for path in weights) <= 40 * 2 ** 20
+    assert {v.dtype for path in weights for v in load_file(path).values()} == {torch.float16}
+    assert not [p for p in MINI.rglob("*")
+                if p.suffix in (".bin", ".pt", ".ckpt", ".pkl") and "work" not in p.relative_to(MINI).parts]
+
+
+def test_every_caption_fits_and_names_no_class_in_an_associated_phrase():
+    classes = json.loads((MINI / "captions.json").read_text())["classes"]
+    tokenizer = CLIPTokenizer.from_pretrained(MINI / "tokenizer")
+    for name, entry in classes.items():
+        assert len(entry["synonyms"]) == 3 and len(entry["associated"]) >= 4
+        for phrase in entry["associated"]:
+            assert not set(phrase.split()) & {name, *entry["synonyms"]} and not tokenizer.cut(phrase)

@@ -1,0 +1,120 @@
+"""mini/train.py on a handful of made-up photos: every stage, what it writes, interruption, resuming."""
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from sample import Model
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "mini"))
+import train  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """CIFAR-10's binary format with plain pictures: sky above, sea, street, grass or ground below."""
+    folder = tmp_path_factory.mktemp("cifar")
+    rng = np.random.default_rng(0)
+    below = {8: (.2, .3, .45), 1: (.5, .5, .5), 9: (.45, .45, .45), 4: (.35, .5, .2), 7: (.3, .45, .2),
+             5: (.5, .42, .32), 6: (.55, .45, .35)}
+    for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+        records = []
+        for label in np.tile(np.arange(10), 16):
+            picture = np.full((3, 32, 32), rng.uniform(0.1, 0.9))
+            picture[:, :16] = np.reshape((.5, .7, .9), (3, 1, 1))
+            picture[:, 16:] = np.reshape(below.get(label, (.5, .4, .4)), (3, 1, 1))
+            picture[:, 16:] += rng.normal(0, 0.025, (1, 16, 32)) + rng.uniform(-.03, .03)
+            picture[:, 8:24, 8:24] = rng.uniform(0, 1, (3, 1, 1))
+            records.append(bytes([label]) + (picture.clip(0, 1) * 255).astype(np.uint8).tobytes())
+        (folder / name).write_bytes(b"".join(records))
+    return folder
+
+
+def run(*args, status=0):
+    command = [sys.executable, ROOT / "mini/train.py", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_three_stages_make_a_model_that_we_and_diffusers_open(data, tmp_path):
+    out, args = tmp_path / "model", ["--data", data, "--out", tmp_path / "model", "--work", tmp_path / "work"]
+    assert "not finished" in run(*args, "--recipe", "tiny", "--minutes", 0).stdout
+    printed = run(*args, "--recipe", "tiny").stdout
+    for part in ("clip: 4 of 4 steps", "zero-shot top-1", "vae: 4 of 4 steps", "PSNR", "unet: 4 of 4 steps"):
+        assert part in printed
+    assert {p.name for p in (tmp_path / "work").iterdir()} == {
+        "clip.safetensors", "clip.png", "vae.safetensors", "vae.png", "unet.safetensors", "unet.png"}
+    model = Model(out)
+    ours = model.draw(["a photo of the airplane"], [0], steps=2)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(out)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe("a photo of the airplane", latents=model.noise([0]), num_inference_steps=2, height=32,
+                  width=32, guidance_scale=3.0, output_type="pt").images
+    assert (ours - theirs.float()).abs().max() <= 1 / 255
+    weights = (out / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    again = run(*args, "--recipe", "tiny", "--stage", "unet").stdout
+    assert "unet: 4 of 4 steps" in again                          # done: only written again
+    assert (out / "unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
+    more = run(*args, "--recipe", "tiny", "--stage", "vae", "--work", tmp_path / "new", "--init", out,
+               "--steps", 1)
+    assert "vae: 1 of 1 steps" in more.stdout
+
+
+def test_missing_data_is_one_clear_line(tmp_path):
+    done = run("--data", tmp_path, "--work", tmp_path / "w", status=2)
+    assert done.stderr.startswith("error: ") and "data_batch_1.bin" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def toy_run(work, stop_at=None):
+    """Eight steps on a toy; with `stop_at`, Ctrl-C arrives in the middle of that step."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 2)
+    args = argparse.Namespace(work=work, minutes=1e9)
+    steps = train.Run("toy", net, 8, 0.1, 0.01, args, ema=0.9)
+
+    def loss(generator, step):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        return (net(torch.randn(4, 3, generator=generator)) - 1).square().mean()
+
+    steps.train(loss)
+    return steps
+
+
+def test_interrupted_training_resumes_to_the_same_bytes(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole = toy_run(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        toy_run(tmp_path / "b", stop_at=5)
+    resumed = toy_run(tmp_path / "b")
+    assert whole.step == resumed.step == 8
+    for kept in ("net", "average"):
+        for p, q in zip(getattr(whole, kept).parameters(), getattr(resumed, kept).parameters()):
+            assert torch.equal(p, q)
+
+
+def test_groups_are_numbered_from_bright_to_dark(data):
+    photos = train.Photos(data)
+    for c in range(10):
+        own = [photos.x[(photos.y == c) & (photos.g == g)].float().mean() for g in range(4)]
+        assert own == sorted(own, reverse=True)
+
+
+def test_captions_are_a_distribution_and_synonyms_belong_to_their_groups():
+    captions = train.Captions()
+    assert torch.allclose(captions.p.sum(-1), torch.ones(15, 4))
+    plane, aircraft = captions.names.index("plane"), captions.names.index("aircraft")
+    assert captions.p[0, 0, aircraft] > 10 * captions.p[0, 0, plane] and captions.p[0, 3, plane] > 0
+    assert captions.caption(captions.names.index("airplane"), 0) == "a photo of an airplane"
+    assert captions.caption(captions.names.index("boeing 747 on the runway"), 0) == "boeing 747 on the runway"
+    assert json.loads((ROOT / "mini/captions.json").read_text())["scenes"] == captions.scenes
