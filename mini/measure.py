@@ -8,7 +8,6 @@ picture, a photo or a setting. Both choose among the ten classes and the five sc
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch

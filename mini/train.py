@@ -10,7 +10,6 @@ only written again. Each step has its own seed: a resumed run sees the same phot
 import argparse
 import copy
 import json
-import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
