@@ -4,7 +4,7 @@
     python mini/measure.py --data cifar-10-batches-bin --n 50 --kinds class synonym --edit out/airplane
 
 The judge is a small ResNet, trained on the photos and scene crops alone (kept in --work). It never chooses a
-picture, a photo or a setting. Both choose among the ten classes and the five scenes.
+picture or a photo. Both choose among the ten classes and the five scenes.
 """
 import argparse
 import json
