@@ -405,7 +405,7 @@ def test_mini_is_small_and_safe():
 
 
 def test_mini_draws_what_it_is_asked_for_and_not_what_was_erased(model):
-    """The README's results in small: 4 pictures a class; then 8 of the erased one, by the closed form only."""
+    """The README's results in small: 4 pictures a class; then 8 of the erased one, closed form only."""
     book = json.loads((MINI / "captions.json").read_text())
     names = [*book["classes"], *book["scenes"]]
     clip = CLIP.from_pretrained(MINI / "clip")
