@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import errno
 import json
+import os
 import re
 import sys
 import time
@@ -62,6 +63,31 @@ def erasing_args(doc: str, settings_class, own: dict[str, str]) -> argparse.Name
     return args
 
 
+def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the flags of every script that counts what CLIP sees, beside the parser's own."""
+    parser.add_argument("--model", default=MINI, help="folder or hub id (default: mini)")
+    parser.add_argument("--clip", help="CLIP to judge by: folder or hub id (default: the model's own clip/)")
+    parser.add_argument("--n", type=int, help="pictures per prompt (default 20; the paper: 200)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the model's; the paper: 50)")
+    parser.add_argument("--quick", action="store_true", help="the same as --n 4 --steps 12")
+    parser.add_argument("--seed", type=int, default=0, help="seed of a prompt's first picture (default 0)")
+    parser.add_argument("--batch", type=int, help="pictures drawn at a time (default: by their size)")
+    parser.add_argument("--out", type=Path, help="folder to write; results that lie there are gone on from")
+    parser.add_argument("--keep-pictures", action="store_true", help="keep every picture as a PNG, too")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of U-Net, VAE (default float32)")
+    args = parser.parse_args()
+    if args.n is None:
+        args.n = 4 if args.quick else 20
+    if args.steps is None and args.quick:
+        args.steps = 12
+    if args.n < 1 or args.steps == 0:
+        raise UserError("--n and --steps must be at least 1")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is not a folder")
+    return args
+
+
 def finish(folder: Path, model, W0: dict, W: dict, pairs, method: dict, report: dict, args, clock) -> None:
     """Write the edit in the dtype of the model's file, draw before and after, and note it all in run.json."""
     W = {name: matrix.to(W0[name].dtype) for name, matrix in W.items()}
@@ -83,7 +109,10 @@ def pick_device(name: str) -> torch.device:
     """`auto`: CUDA, else Apple's GPU, else the CPU."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind in there if there[kind]))
+        name = next(kind for kind in there if there[kind])
+        if name == "cuda":                                        # torchrun numbers a machine's processes
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        return torch.device(name)
     if not there.get(name.split(":")[0], False):
         raise UserError(f"--device {name} is not available here: use --device cpu or auto")
     return torch.device(name)

@@ -1,11 +1,16 @@
-"""CLIP's two towers, and what they say about pictures: zero-shot classification.
+"""CLIP's two towers, what they say about pictures, and the paper's metrics of an edit.
 
-    clip = CLIP.from_pretrained("mini/clip")
-    p = clip.classify(pictures, ["a photo of the airplane", "a photo of the sky"])    # [N, 2], rows sum to 1
+    python eval_clip.py --edit out/airplane          # a row of the paper's Table 1, and the untouched model's
+    python eval_clip.py --edit out/airplane --quick
+    python eval_clip.py --prompts mine.csv --edit out/airplane
 
-Works with any folder in the layout of transformers' CLIPModel: `mini/clip`, openai/clip-vit-base-patch32.
-Paper: Radford et al. 2021.
+The CSV has a column prompt, and may have seed (or evaluation_seed), and class (or concept): what CLIP should
+see. Its other columns are kept. A row without a seed takes --seed. Works with any folder in the layout of
+transformers' CLIPModel: `mini/clip`, openai/clip-vit-large-patch14. Paper: Radford et al. 2021.
 """
+import argparse
+import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +20,10 @@ from torch import Tensor, nn
 
 from clip_text import SUPPORTED as TEXT_SUPPORTED
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Encoder
+from command import DTYPES, command_line, measuring_args, pick_device
 from concepts import BOOK, prompts_to_watch
-from files import grid, load_network, put_weights, read_config, read_json
+from files import (UserError, about_edit, cross_attention, grid, load_network, model_folder, put_weights,
+                   read_config, read_edit, read_json, whole, write_png)
 from lora import lora_off
 
 
@@ -170,3 +177,138 @@ def seen(row: dict, when: str, n: int) -> str:
     cell = row[when]
     other = f", mostly {cell['mostly']} {cell['times']}" if cell["mostly"] != row["wanted"] else ""
     return f"{row['wanted']} {cell['right']}/{n}{other}"
+
+
+def judge(flag: str | None, folder: Path, device) -> CLIP:
+    """The CLIP to judge by: --clip, or the one in the model's folder."""
+    if not flag and not (folder / "clip").is_dir():
+        raise UserError(f"{folder} has no clip/: name one by --clip, such as openai/clip-vit-large-patch14, "
+                        "or the paper's ViT-B/32 as a folder with safetensors")
+    return CLIP.from_pretrained(model_folder(flag, "--clip") if flag else folder / "clip", device=device)
+
+
+def write_tables(out: Path, name: str, rows: list[dict]) -> None:
+    """`rows` as name.json, name.csv and name.md."""
+    from metrics import as_csv, as_markdown
+    texts = {"json": json.dumps(rows, indent=1, ensure_ascii=False) + "\n", "csv": as_csv(rows),
+             "md": as_markdown(rows)}
+    for ending, text in texts.items():
+        with whole(out / f"{name}.{ending}") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def rows_of(clip: CLIP, concept: str, variant: str, found, seeds: range) -> list[dict]:
+    """Three rows for one concept: top-1, ten-way top-1, mean probability, each metric [value, low, high]."""
+    from metrics import summary
+    from scores import outcomes
+    return [{"erased": concept, "variant": variant, "counted": how, **summary([groups])}
+            for how, groups in outcomes(clip, concept, found, seeds).items()]
+
+
+def read_prompts(path: Path, seed: int) -> list[dict]:
+    """The CSV of --prompts: its rows, each with prompt, seed (int) and class (or None) made sure of."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or []
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"--prompts {path}: no such file") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--prompts {path} is not a CSV in UTF-8: {error}") from None
+    if "prompt" not in columns or not rows:
+        raise UserError(f"--prompts {path} needs a column 'prompt' and a row (columns: {', '.join(columns)})")
+    for i, row in enumerate(rows, 2):
+        if None in row:
+            raise UserError(f"--prompts {path}, line {i}: more fields than columns; a prompt with commas "
+                            "needs quotes")
+        given = row.get("seed") or row.get("evaluation_seed") or seed
+        try:
+            row["seed"] = int(given)
+        except ValueError:
+            raise UserError(f"--prompts {path}, line {i}: the seed {given!r} is not a number") from None
+        if row["seed"] < 0 or not (row["prompt"] or "").strip():
+            raise UserError(f"--prompts {path}, line {i}: "
+                            + ("the seed is negative" if row["seed"] < 0 else "the prompt is empty"))
+        row["class"] = row.get("class") or row.get("concept") or None
+    return rows
+
+
+@torch.no_grad()
+def score_prompts(clip: CLIP, rows: list[dict], found) -> tuple[list[dict], list[dict]]:
+    """Per row of the CSV its CLIP score, 100 · cosine of picture and prompt, and CLIP's choice of class; and
+    a summary per class and over all."""
+    from metrics import bootstrap, wilson
+    features = torch.stack([found[row["prompt"], row["seed"]] for row in rows])      # [rows, P]
+    device, names = clip.logit_scale.device, list(dict.fromkeys(row["class"] for row in rows if row["class"]))
+
+    def text(prompts: list[str]) -> Tensor:
+        ids = clip.tokenizer(prompts).to(device)
+        return torch.cat([clip.text_features(part).cpu() for part in ids.split(64)])
+
+    scores = 100 * (features * text([row["prompt"] for row in rows])).sum(1)
+    for row, score in zip(rows, scores.tolist()):
+        row["CLIP score"] = round(score, 3)
+    if names:
+        for row, i in zip(rows, (features @ text([f"a photo of the {name}" for name in names]).T).argmax(1)):
+            row["CLIP says"] = names[i]
+    groups = []
+    for name in [*names, None]:
+        some = [i for i, row in enumerate(rows) if name is None or row["class"] == name]
+        part = scores[some]
+        groups.append({"class": name or "all", "pictures": len(some), "CLIP score": [
+            round(x, 2) for x in (part.mean().item(), *bootstrap([{"": part}], lambda m: m[""]))]})
+        if name:
+            right = sum(rows[i]["CLIP says"] == name for i in some) / len(some)
+            groups[-1]["top-1"] = [round(100 * x, 2) for x in (right, *wilson(right, len(some)))]
+    return rows, groups
+
+
+def main() -> None:
+    from sample import Model
+    from scores import RANK, evaluate, row_prompts
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edit", help="an edit folder of realera.py, such as out/airplane")
+    parser.add_argument("--prompts", type=Path, help="CSV of your own prompts")
+    args = measuring_args(parser)
+    if not args.edit and not args.prompts:
+        raise UserError("give --edit out/NAME, --prompts FILE.csv, or both")
+    device, folder = pick_device(args.device), model_folder(args.model)
+    concepts = about_edit(args.edit).get("concepts", []) if args.edit else []
+    W0 = cross_attention(folder)
+    weights = {"untouched": W0} | ({"edited": read_edit(args.edit, folder)} if args.edit else {})
+    csv_rows = read_prompts(args.prompts, args.seed) if args.prompts else None
+    seeds = range(args.seed, args.seed + args.n)
+    jobs = [(row["prompt"], row["seed"]) for row in csv_rows] if csv_rows else [
+        (prompt, seed) for concept in concepts for group in row_prompts(concept).values()
+        for _, prompt in group for seed in seeds]
+    name = args.prompts.stem if args.prompts else Path(args.edit).name
+    out = args.out or Path("out/evaluation") / name
+    model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
+    rows, pictures = [], []
+    for variant, W in weights.items():
+        put_weights(model.unet, W)
+        found = evaluate(model, clip, jobs, out / "results", args.steps, None, args.batch,
+                         out / "pictures" / variant if args.keep_pictures else None, variant)
+        if csv_rows:
+            scored, groups = score_prompts(clip, [dict(row) for row in csv_rows], found)
+            rows += [{"variant": variant} | group for group in groups]
+            if RANK == 0:
+                write_tables(out, f"pictures-{variant}", scored)
+        else:
+            rows += [row for concept in concepts for row in rows_of(clip, concept, variant, found, seeds)]
+        if RANK == 0:                                             # for the eye: a few prompts, four seeds
+            some = list(dict.fromkeys(prompt for prompt, _ in jobs))
+            some = [p for c in concepts for _, p in prompts_to_watch(c)] if not csv_rows else some[:8]
+            pictures.append(model.draw([p for p in some for _ in range(4)],
+                                       [args.seed + i for _ in some for i in range(4)], args.steps))
+    if RANK == 0:
+        from metrics import as_markdown
+        sheet = torch.cat([x.unflatten(0, (-1, 4)) for x in pictures], dim=1)
+        write_png(out / "grid.png", grid(sheet.flatten(0, 1), sheet.shape[1], max(1, 96 // sheet.shape[-1])))
+        write_tables(out, "metrics", rows)
+        print(f"{as_markdown(rows)}\nwrote {out}/")
+
+
+if __name__ == "__main__":
+    command_line(main)

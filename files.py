@@ -178,21 +178,22 @@ MINI = str(Path(__file__).parent / "mini")                        # the default 
 PINNED = {"CompVis/stable-diffusion-v1-4": "133a221b8aa7292a167afc5127cb63fb5005638b"}
 HUB_FILES = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*", "defaults.json",
              "text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors",
-             "vae/diffusion_pytorch_model.safetensors"]
+             "vae/diffusion_pytorch_model.safetensors", "config.json", "model.safetensors", "vocab.json",
+             "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]      # the last six: CLIP's own
 
 
-def model_folder(name: str) -> Path:
+def model_folder(name: str, flag: str = "--model") -> Path:
     """A folder as it is; a hub id such as CompVis/stable-diffusion-v1-4 downloaded (as needed) or cached."""
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"--model {name}: no such folder, nor a hub id like CompVis/stable-diffusion-v1-4")
+        raise UserError(f"{flag} {name}: no such folder, nor a hub id like CompVis/stable-diffusion-v1-4")
     import huggingface_hub                                        # only needed here, and slow to import
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=PINNED.get(name),
                                                       allow_patterns=HUB_FILES))
     except Exception as error:                                    # no network, no permission, unknown id, …
-        raise UserError(f"--model {name} could not be downloaded ({type(error).__name__}); give the folder "
+        raise UserError(f"{flag} {name} could not be downloaded ({type(error).__name__}); give the folder "
                         "of a model that you have") from None
 
 
@@ -224,6 +225,19 @@ def base_hash(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def fingerprint(folder: Path) -> str:
+    """A hash of a model's weight files by size and both ends, so that gigabytes are told apart at once."""
+    sha = hashlib.sha256()
+    for path in sorted(folder.glob("*/*.safetensors")):
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            sha.update(f"{path.parent.name}/{path.name} {size}".encode())
+            for place in (0, max(0, size - 2 ** 20)):
+                file.seek(place)
+                sha.update(file.read(2 ** 20))
+    return sha.hexdigest()
+
+
 def write_edit(folder: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """`erased.safetensors`: the edited matrices under their official names, and how they came about: one JSON
     text under the key "edit" of its metadata (safetensors writes several keys in random order)."""
@@ -231,13 +245,19 @@ def write_edit(folder: Path, tensors: dict[str, Tensor], about: dict) -> None:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"edit": json.dumps(about)})
 
 
-def read_edit(folder: str | Path, model: str | Path) -> dict[str, Tensor]:
-    """The edited matrices of `out/<name>`, after checking that they were made from this model."""
+def about_edit(folder: str | Path) -> dict:
+    """How an edit came about: method, concepts, anchors, settings, base_hash."""
     path = Path(folder) / "erased.safetensors"
     if not path.exists():
         raise UserError(f"--edit {folder}: no erased.safetensors there (realera.py writes it)")
     with readable(path), safe_open(path, "pt") as file:
-        made_for = json.loads((file.metadata() or {}).get("edit", "{}")).get("base_hash")
+        return json.loads((file.metadata() or {}).get("edit", "{}"))
+
+
+def read_edit(folder: str | Path, model: str | Path) -> dict[str, Tensor]:
+    """The edited matrices of `out/<name>`, after checking that they were made from this model."""
+    path, made_for = Path(folder) / "erased.safetensors", about_edit(folder).get("base_hash")
+    with readable(path), safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     base = cross_attention(model)
     fits = all(name in base and tensor.shape == base[name].shape for name, tensor in tensors.items())

@@ -44,8 +44,8 @@ class Settings:
     D2: float = 1.8             # beyond-concepts lie between D1 and D2 (section 4.2)
     S1: float = 0.99            # a neighbor's cosine lies between S2 and S1; a beyond-concept's below S2
     S2: float = 0.5
-    M: int = 5                  # neighbors per concept
-    N: int = 3                  # beyond-concepts per concept
+    M: int = 5                  # neighbors per concept; 0: none in Eq. 9 either, its steps become odd ones
+    N: int = 3                  # beyond-concepts per concept; 0: none in Eq. 9 either
     lambda1: float = 0.1        # weight of what must stay (section 5)
     lambda2: float = 0.01       # ridge, times trace(B)/D; not in Eq. 7, but B must be invertible
     real_prompts: bool = True   # P holds real prompts too: the bare template and 30 nouns; "" in any case
@@ -243,22 +243,25 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
     def loss(step: int, generator: torch.Generator, pictures: range, batch: int) -> Tensor:
         i = (step - 1) // 2 % len(pairs)
         pair, (z, t, target) = pairs[i], ways[i].pick(pictures, batch, generator)
-        if step % 2:
+        if step % 2 or not s.M:                                   # without neighbors every step is odd
             return noise_alignment_loss(eps, z, t, target, pair.e.expand(batch, -1, -1))
         many = dataclasses.replace(s, M=batch, N=batch)           # fresh ones, one of each per latent
         near = pair.context(neighbor_concepts(pair.block(), pair.block_star(), many, generator)[0])
+        if not s.N:                                               # Table 3's variant 3
+            return noise_alignment_loss(eps, z, t, target, near)
         beyond = pair.context(beyond_concepts(pair.block(), many, generator))
         with torch.no_grad(), original(unet, W0):
             beyond_target = eps(z, t, beyond)
         return noise_alignment_loss(eps, z, t, target, near, beyond, beyond_target)
 
     @torch.no_grad()
-    def measure() -> tuple[float, float]:
+    def measure() -> dict[str, float]:
         generator = torch.Generator().manual_seed(1)              # the same draws both times
         pictures = range(s.trajectories - held_out, s.trajectories)
-        odd, even = ([loss(step, generator, pictures, 4 * s.batch).item()
-                      for step in range(first, 4 * len(pairs) + 1, 2)] for first in (1, 2))
-        return sum(odd) / len(odd), sum(even) / len(even)
+        found = {name: [loss(step, generator, pictures, 4 * s.batch).item()
+                        for step in range(first, 4 * len(pairs) + 1, 2)]
+                 for name, first in (("Eq. 8", 1), ("Eq. 9", 2))[:2 if s.M else 1]}
+        return {name: sum(values) / len(values) for name, values in found.items()}
 
     layers = lora_layers(unet).values()
     optimizer = torch.optim.Adam([p for layer in layers for p in (layer.lora_A, layer.lora_B)], s.lr)
@@ -268,7 +271,7 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
         optimizer.zero_grad()
         loss(step, generator, range(s.trajectories - held_out), s.batch).backward()
         optimizer.step()
-    return {"Eq. 8": [before[0], (after := measure())[0]], "Eq. 9": [before[1], after[1]]}
+    return {name: [before[name], after] for name, after in measure().items()}
 
 
 def main() -> None:

@@ -12,7 +12,9 @@ import copy
 import json
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import clip_text, command, diffusion, eval_clip, files, unet, vae  # noqa: E402  (one folder up)
+from concepts import PRESERVED, UNRELATED  # noqa: E402
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 TOKENS, WIDTH = 32, 256  # 27 edited rows × (1 + 5 neighbors) / 256 = 0.63; SD v1.4: 73 × 6 / 768 = 0.57
@@ -53,7 +55,7 @@ class Recipe:
 
 RECIPES = {
     "tiny": Recipe(32, 1, 4, 32, (8, 16), 4, 8, (16, 32, 32), 1, 4, 8, 8, 0.9),
-    "laptop": Recipe(128, 4, 1000, 256, (32, 64), 2450, 16, (48, 96, 160), 1, 5000, 32, 200, 0.998),
+    "laptop": Recipe(128, 4, 1000, 256, (32, 64), 2450, 16, (48, 96, 160), 1, 5000, 32, 400, 0.998),
     "gpu": Recipe(256, 6, 12000, 1024, (64, 128), 12000, 128, (64, 128, 160), 1, 40000, 256, 5000, 0.9995),
 }
 
@@ -121,8 +123,14 @@ def scene_crops(x: Tensor, y: Tensor) -> list[Tensor]:
     ]
 
 
+CLOSE = {"synonym": 0.56, "associated": 0.50, "same class": 0.46, "other": 0.40}     # see Captions.closeness
+
+
 class Captions:
-    """All names of captions.json and the probability of each for a photo of class y and group g."""
+    """All names of captions.json and the probability of each for a photo of class y and group g.
+
+    `words` are everyday nouns that name no photo: the text tower hears of them as CLIP's does of most words.
+    """
 
     def __init__(self, path: Path = HERE / "captions.json"):
         book = json.loads(path.read_text())
@@ -143,6 +151,23 @@ class Captions:
         for s, name in enumerate(self.scenes):
             self.add(name, 10 + s, torch.ones(4))
         self.p = self.p / self.p.sum(-1, keepdim=True)
+        self.words = [word for word in PRESERVED + UNRELATED if word not in self.names]
+
+    def closeness(self) -> Tensor:
+        """[names + words]²: what the cosine of two texts at their end token should be.
+
+        CLIP learns from so many words that each keeps a direction of its own. A text tower that sees 85 names
+        puts all of a class into one: then erasing the class word erases its synonyms and phrases with it, and
+        no residue is left for the paper's method to find. Cosines over the edited rows come out higher.
+        """
+        close = torch.full((len(self.names) + len(self.words),) * 2, CLOSE["other"])
+        for c in range(10):
+            own = (self.p[c].sum(0) > 0).nonzero()[:, 0]          # the class word, then synonyms and phrases
+            close[own[:, None], own] = CLOSE["same class"]
+            kinds = torch.tensor([CLOSE["associated" if i in self.phrases else "synonym"]
+                                  for i in own[1:].tolist()])
+            close[own[0], own[1:]] = close[own[1:], own[0]] = kinds
+        return close.fill_diagonal_(1)
 
     def add(self, name: str, c: int, share: Tensor) -> None:
         self.names.append(name)
@@ -151,7 +176,7 @@ class Captions:
         self.p = torch.cat([self.p, column], dim=2)
 
     def caption(self, i: int, template: int) -> str:
-        name = self.names[i]
+        name = (self.names + self.words)[i]
         if i in self.phrases:
             return name
         return self.templates[template].format(name=name, a="an" if name[0] in "aeiou" else "a")
@@ -164,14 +189,35 @@ class Captions:
 TIE = 0.95                                # how often a synonym or phrase stands for its own visual group
 
 
+def merges_of(captions: list[str], many: int) -> list[tuple[str, str]]:
+    """Byte-pair encoding: join the commonest pair of neighboring pieces, `many` times.
+
+    (`tokenizers` has a trainer, but it breaks ties in another order every time; here the text breaks them.)
+    """
+    shell = clip_text.clip_bpe({clip_text.BOS: 0, clip_text.EOS: 1}, [])             # to split into words
+    words = Counter(word for caption in captions for word, _ in
+                    shell.pre_tokenizer.pre_tokenize_str(shell.normalizer.normalize_str(caption)))
+    pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    merges = []
+    for _ in range(many):
+        pairs = Counter()
+        for word, split in pieces.items():
+            for pair in zip(split, split[1:]):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for split in pieces.values():
+            for i in reversed(range(len(split) - 1)):
+                if tuple(split[i:i + 2]) == best:
+                    split[i:i + 2] = ["".join(best)]
+    return merges
+
+
 def train_tokenizer(captions: Captions, folder: Path) -> clip_text.CLIPTokenizer:
     """A vocabulary in CLIP's format from our own captions: bytes, bytes that end a word, merges, specials."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    shell = clip_text.clip_bpe({clip_text.BOS: 0, clip_text.EOS: 1}, [])     # for its splitting into words
-    bpe.normalizer, bpe.pre_tokenizer = shell.normalizer, shell.pre_tokenizer
-    bpe.train_from_iterator(captions.every(), trainers.BpeTrainer(vocab_size=700, end_of_word_suffix="</w>",
-                                                                  show_progress=False))
-    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = merges_of(captions.every(), 450)
     letters = sorted(clip_text.pre_tokenizers.ByteLevel.alphabet())
     pieces = letters + [letter + "</w>" for letter in letters] + ["".join(m) for m in merges]
     vocab = {piece: i for i, piece in enumerate([*dict.fromkeys(pieces), clip_text.BOS, clip_text.EOS])}
@@ -188,6 +234,13 @@ def train_tokenizer(captions: Captions, folder: Path) -> clip_text.CLIPTokenizer
     return clip_text.CLIPTokenizer.from_pretrained(folder)
 
 
+def copy_tokenizer(source: Path, folder: Path) -> clip_text.CLIPTokenizer:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    return clip_text.CLIPTokenizer.from_pretrained(folder)
+
+
 # ---------------------------------------------------------------------------------------- the training loop
 
 class Run:
@@ -196,10 +249,12 @@ class Run:
     def __init__(self, stage: str, net: nn.Module, steps: int, lr: float, decay: float, args,
                  ema: float = 0.0):
         self.stage, self.net, self.steps, self.lr, self.ema = stage, net, steps, lr, ema
-        self.path, self.log, self.step, self.minutes = args.work / f"{stage}.safetensors", [], 0, 0.0
+        self.path, self.step, self.minutes = args.work / f"{stage}.safetensors", 0, 0.0
+        self.log, self.scores = [], []                            # [step, minutes, loss], [step, score]
         self.average = copy.deepcopy(net).requires_grad_(False)
-        groups = [{"params": [p for p in net.parameters() if p.dim() >= 2], "weight_decay": decay},
-                  {"params": [p for p in net.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+        learning = [p for p in net.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in learning if p.dim() >= 2], "weight_decay": decay},
+                  {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0}]
         self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
         self.deadline = time.monotonic() + 60 * args.minutes
         if self.path.exists():
@@ -214,7 +269,8 @@ class Run:
         return {k: v.contiguous() for k, v in state.items()}
 
     def save(self) -> None:
-        note = {"step": str(self.step), "minutes": str(self.minutes), "log": json.dumps(self.log)}
+        note = {"step": str(self.step), "minutes": str(self.minutes), "log": json.dumps(self.log),
+                "scores": json.dumps(self.scores)}
         with files.whole(self.path) as temporary:
             save_file(self.state(), temporary, note)
 
@@ -222,7 +278,7 @@ class Run:
     def load(self) -> None:
         with safe_open(self.path, "pt") as file:
             self.step, self.minutes = int(file.metadata()["step"]), float(file.metadata()["minutes"])
-            self.log = json.loads(file.metadata()["log"])
+            self.log, self.scores = (json.loads(file.metadata()[name]) for name in ("log", "scores"))
             for n, p in self.net.named_parameters():
                 p.copy_(file.get_tensor(f"net.{n}"))
                 if f"exp_avg.{n}" in file.keys():
@@ -232,18 +288,21 @@ class Run:
             for n, p in self.average.named_parameters():
                 p.copy_(file.get_tensor(f"average.{n}"))
 
-    def train(self, loss) -> bool:
-        """Take steps on `loss(generator, step)` until done or out of minutes; True when complete."""
+    def train(self, loss, score=lambda average: None) -> bool:
+        """Take steps on `loss(generator, step)` until done or out of minutes; True when complete.
+
+        `score` sees the average of the weights twenty times on the way; what it returns is logged.
+        """
         bar = tqdm(total=self.steps, initial=self.step, desc=self.stage, unit="step", mininterval=5)
         try:
-            self.steps_until_deadline(loss, bar)
+            self.steps_until_deadline(loss, score, bar)
         finally:                                                  # an interruption loses nothing
             bar.close()
             self.save()
         print(f"{self.stage}: {self.step} of {self.steps} steps, {self.minutes:.1f} minutes")
         return self.step == self.steps
 
-    def steps_until_deadline(self, loss, bar) -> None:
+    def steps_until_deadline(self, loss, score, bar) -> None:
         device = next(self.net.parameters()).device.type
         start = saved = time.monotonic()
         before, mean = self.minutes, None
@@ -267,6 +326,9 @@ class Run:
                 mean = value.item() if mean is None else 0.9 * mean + 0.1 * value.item()
                 bar.set_postfix(loss=f"{mean:.4f}")
                 self.log.append([self.step, round(self.minutes, 2), round(mean, 5)])
+            if self.step % max(1, self.steps // 20) == 0:
+                with torch.no_grad():
+                    self.scores.append([self.step, score(self.average.eval())])
             if time.monotonic() - saved > 60:
                 self.save()
                 saved = time.monotonic()
@@ -291,9 +353,36 @@ def to_float(x: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------- stage 1: CLIP
 
-def train_clip(args, recipe: Recipe, photos: Photos) -> bool:
+def shifted(x: Tensor, by: int, rng: torch.Generator) -> Tensor:
+    """Photos [B, 3, 32, 32], each mirrored or not and moved by up to `by` pixels."""
+    flip = (torch.rand(len(x), generator=rng) < 0.5).to(x.device)
+    x = F.pad(torch.where(flip[:, None, None, None], x.flip(-1), x), (by,) * 4, mode="reflect")
+    i, j = (torch.randint(0, 2 * by + 1, (2, len(x), 1), generator=rng) + torch.arange(32)).to(x.device)
+    b, c = torch.arange(len(x)).to(x.device), torch.arange(3).to(x.device)
+    return x[b[:, None, None, None], c[:, None, None], i[:, None, :, None], j[:, None, None, :]]
+
+
+def look(clip: eval_clip.CLIP, pixels: Tensor, share: float, rng: torch.Generator) -> Tensor:
+    """CLIP's image features from a random `share` of the patches, the same ones for the whole batch.
+
+    Half of the patches are half of the cost (Li et al. 2023, FLIP), and no photo is seen twice alike.
+    """
+    tower = clip.vision_model
+    tokens = tower.embeddings(pixels)                             # [B, 1 + L, D]
+    if share < 1:
+        some = 1 + torch.randperm(tokens.shape[1] - 1, generator=rng)[:round(share * (tokens.shape[1] - 1))]
+        tokens = torch.cat([tokens[:, :1], tokens[:, some.to(tokens.device)]], dim=1)
+    state = tower.post_layernorm(tower.encoder(tower.pre_layrnorm(tokens))[:, 0])
+    return F.normalize(clip.visual_projection(state), dim=-1)
+
+
+def train_clip(args, recipe: Recipe, photos: Photos, image_only: bool = False) -> bool:
+    """Both towers; or the image tower alone, from out/clip on, which leaves text encoder and U-Net valid."""
     captions, out = Captions(), args.out
-    tokenizer = train_tokenizer(captions, out / "tokenizer")
+    if start := args.out if image_only else args.init:            # token numbers must keep their meaning
+        tokenizer = copy_tokenizer(start / "tokenizer", out / "tokenizer")
+    else:
+        tokenizer = train_tokenizer(captions, out / "tokenizer")
     vocab = len(files.read_json(out / "tokenizer/vocab.json"))
     config = eval_clip.CLIPConfig(
         clip_text.CLIPTextConfig(vocab, WIDTH, 4 * WIDTH, 4, 4, TOKENS),
@@ -306,23 +395,41 @@ def train_clip(args, recipe: Recipe, photos: Photos) -> bool:
                       clip.vision_model.embeddings.position_embedding):
         nn.init.normal_(embedding.weight, std=0.02)
     nn.init.normal_(clip.vision_model.embeddings.class_embedding, std=0.02)
-    if args.init:
-        clip.load_state_dict(eval_clip.CLIP.from_pretrained(args.init / "clip").state_dict())
-    ids = tokenizer(captions.every()[:-1]).view(len(captions.names), len(captions.templates), TOKENS)
+    if start:
+        clip.load_state_dict(eval_clip.CLIP.from_pretrained(start / "clip").state_dict())
+    many, close = len(captions.names), captions.closeness().to(args.device)
+    templates = range(len(captions.templates))
+    ids = tokenizer([captions.caption(i, t) for i in range(len(close)) for t in templates])
+    ids = ids.view(len(close), len(templates), TOKENS)
     longest = int((ids != tokenizer.eos).sum(-1).max()) + 1       # behind the first end token nothing is read
     ids, x, p = ids[..., :longest].to(args.device), photos.x.to(args.device), captions.p.to(args.device)
     y, g = photos.y.to(args.device), photos.g.to(args.device)
 
+    each = torch.arange(len(ids), device=args.device)
+
+    def read(template: Tensor) -> Tensor:                         # one per name -> states at the end token
+        chosen = ids[each, template.to(args.device)]
+        return clip.text_model(chosen)[each, chosen.argmax(1)]
+
+    if image_only:                                                # what the text tower says stays, too
+        clip.text_model.requires_grad_(False), clip.text_projection.requires_grad_(False)
+        with torch.no_grad():
+            known = torch.stack([clip.text_projection(read(torch.full((len(ids),), t))) for t in templates])
+            known = F.normalize(known[:, :many], dim=-1)                             # [templates, names, P]
+
     def loss(rng: torch.Generator, step: int) -> Tensor:
         rows = torch.randint(len(x), (recipe.clip_batch,), generator=rng).to(args.device)
-        batch = to_float(x[rows])
-        if torch.rand((), generator=rng) < 0.5:
-            batch = batch.flip(-1)
-        dy, dx = torch.randint(0, 7, (2,), generator=rng).tolist()                   # shift by up to 3 pixels
-        batch = F.pad(batch, (3, 3, 3, 3), mode="reflect")[..., dy:dy + 32, dx:dx + 32]
-        template = torch.randint(len(captions.templates), (len(ids),), generator=rng).to(args.device)
-        text = clip.text_features(ids[torch.arange(len(ids), device=args.device), template])
-        image, scale = clip.image_features(clip.preprocess(batch)), clip.logit_scale.exp().clamp(max=100)
+        batch = clip.preprocess(shifted(to_float(x[rows]), 3, rng))
+        a, b = torch.rand(len(ids), len(templates), generator=rng).argsort(1)[:, :2].T   # two templates each
+        if image_only:
+            text, apart = known[a[:many].to(args.device), each[:many]], 0.0
+        else:
+            state = read(a)
+            text = F.normalize(clip.text_projection(state[:many]), dim=-1)
+            cosine = F.normalize(state, dim=-1) @ F.normalize(read(b), dim=-1).T     # [names + words]²
+            apart = 2 * (cosine - close).square().sum(1).mean()
+        whole = step > 0.8 * recipe.clip_steps
+        image, scale = look(clip, batch, 1 if whole else 0.5, rng), clip.logit_scale.exp().clamp(max=100)
         logits = scale * image @ text.T                                              # [B, names]
         # CLIP's symmetric loss against every name at once: the target of a photo is how likely each name is
         # for it, the mean over all captions that it could have been given.
@@ -335,10 +442,18 @@ def train_clip(args, recipe: Recipe, photos: Photos) -> bool:
         kind, member = torch.unique(4 * y[rows] + g[rows], return_inverse=True)
         means = F.normalize(torch.zeros(len(kind), image.shape[1], device=args.device)
                             .index_add(0, member, image.float()))
-        return photo + F.cross_entropy(scale * means @ text.T, p.flatten(0, 1)[kind])
+        return photo + F.cross_entropy(scale * means @ text.T, p.flatten(0, 1)[kind]) + apart
 
-    run = Run("clip", clip, recipe.clip_steps, 1e-3, 0.05, args, ema=0.99)
-    finished = run.train(loss)
+    run = Run("vision" if image_only else "clip", clip, recipe.clip_steps, 1e-3, 0.05, args, ema=0.99)
+    test = Photos(args.data, ("test_batch.bin",))
+    tx, ty = to_float(test.x[test.y < 10]), test.y[test.y < 10]
+
+    def right(model: eval_clip.CLIP, n: int) -> float:            # zero-shot accuracy on n test photos
+        model.tokenizer = tokenizer
+        p = model.classify(tx[:n], [f"a photo of the {c}" for c in CLASSES])         # [n, 10]
+        return (p.argmax(1) == ty[:n]).float().mean().item()
+
+    finished = run.train(loss, lambda average: right(average, 1000))
     model = run.average.eval()
     text = asdict(config.text)
     special = {"bos_token_id": vocab - 2, "eos_token_id": vocab - 1, "pad_token_id": vocab - 1}
@@ -350,19 +465,16 @@ def train_clip(args, recipe: Recipe, photos: Photos) -> bool:
                    "text_config": {"model_type": "clip_text_model", **text, **special, "projection_dim": 128},
                    "vision_config": {"model_type": "clip_vision_model", **asdict(config.vision),
                                      "num_channels": 3, "projection_dim": 128}})
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
-        (out / "clip" / name).write_bytes((out / "tokenizer" / name).read_bytes())
+    copy_tokenizer(out / "tokenizer", out / "clip")
     write_json(out / "clip/preprocessor_config.json", {
         "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": 32},
         "resample": 3, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}, "do_normalize": True,
         "image_mean": eval_clip.MEAN.flatten().tolist(), "image_std": eval_clip.STD.flatten().tolist()})
-    test = Photos(args.data, ("test_batch.bin",))
     shipped = eval_clip.CLIP.from_pretrained(out / "clip", device=args.device)
-    x, y = to_float(test.x[test.y < 10]), test.y[test.y < 10]
-    p = shipped.classify(x, [f"a photo of the {c}" for c in CLASSES])                # [test photos, 10]
-    print(f"clip: zero-shot top-1 on {len(x)} test photos {(p.argmax(1) == y).float().mean():.1%}"
+    print(f"{run.stage}: zero-shot top-1 on {len(tx)} test photos {right(shipped, len(tx)):.1%}"
           + ("" if finished else " (unfinished)"))
-    files.write_png(args.work / "clip.png", files.grid(x[p.topk(10, dim=0).indices.T.flatten()], 10, zoom=2))
+    p = shipped.classify(tx, [f"a photo of the {c}" for c in CLASSES])
+    files.write_png(args.work / "clip.png", files.grid(tx[p.topk(10, dim=0).indices.T.flatten()], 10, zoom=2))
     return finished
 
 
@@ -387,8 +499,17 @@ def train_vae(args, recipe: Recipe, photos: Photos) -> bool:
         # four latent numbers for twelve of a photo: unweighted, they hold outlines and grass comes back grey
         return error.abs().mean() + 2 * F.avg_pool2d(error, 4).abs().mean() + 1e-4 * kl
 
+    test = to_float(Photos(args.data, ("test_batch.bin",)).x[:1000].to(args.device))
+
+    @torch.no_grad()
+    def restored(model: vae.VAE, x: Tensor) -> Tensor:
+        return torch.cat([model.decode(model.encode(2 * b - 1)[0]) for b in x.split(100)]) / 2 + 0.5
+
+    def psnr(model: vae.VAE, x: Tensor) -> float:
+        return -10 * (restored(model, x).clamp(0, 1) - x).square().mean((1, 2, 3)).log10().mean().item()
+
     run = Run("vae", net, recipe.vae_steps, 2e-3, 0.0, args, ema=0.995)
-    finished = run.train(loss)
+    finished = run.train(loss, lambda average: psnr(average, test[:200]))
     model = run.average.eval()
     with torch.no_grad():
         z = torch.cat([model.encode(2 * to_float(b) - 1)[0] for b in x[:2000].split(100)])
@@ -397,13 +518,10 @@ def train_vae(args, recipe: Recipe, photos: Photos) -> bool:
     write_network(args.out / "vae", "diffusion_pytorch_model.safetensors", model,
                   {"_class_name": "AutoencoderKL", "act_fn": "silu", **asdict(config), **kinds})
     shipped = vae.VAE.from_pretrained(args.out / "vae", device=args.device)
-    test = to_float(Photos(args.data, ("test_batch.bin",)).x[:1000].to(args.device))
-    with torch.no_grad():
-        back = torch.cat([shipped.decode(shipped.encode(2 * b - 1)[0]) for b in test.split(100)]) / 2 + 0.5
-    psnr = -10 * (back.clamp(0, 1) - test).square().mean((1, 2, 3)).log10().mean()
-    print(f"vae: PSNR on 1,000 test photos {psnr:.1f} dB, scaling factor {config.scaling_factor}")
+    print(f"vae: PSNR on 1,000 test photos {psnr(shipped, test):.1f} dB, "
+          f"scaling factor {config.scaling_factor}")
     files.write_png(args.work / "vae.png",
-                    files.grid(torch.stack([test[:16], back[:16]]).flatten(0, 1), 16, zoom=2))
+                    files.grid(torch.cat([test[:16], restored(shipped, test[:16])]), 16, zoom=2))
     return finished
 
 
@@ -474,8 +592,34 @@ def train_unet(args, recipe: Recipe, photos: Photos) -> bool:
         error = net(scheduler.add_noise(z0, noise, t), t, context[caption]) - noise
         return (weight[t] * error.square().mean((1, 2, 3))).mean()                   # Eq. (1), weighted
 
+    @torch.no_grad()
+    def draw(model: unet.UNet, prompts: list[str], n: int) -> Tensor:
+        """n pictures of each prompt, seeds 0 … n − 1."""
+        c = encoder(tokenizer([prompt for prompt in prompts for _ in range(n)]).to(args.device))
+        u = encoder(tokenizer([""]).to(args.device)).expand_as(c)
+        start = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(s))
+                             for s in range(n)]).repeat(len(prompts), 1, 1, 1).to(args.device)
+        latents = diffusion.ddim(lambda zt, t: diffusion.guided(model(zt, t, u), model(zt, t, c), GUIDANCE),
+                                 start, scheduler, STEPS)
+        return (autoencoder.decode(latents / autoencoder.scaling_factor) / 2 + 0.5).cpu()
+
+    test = Photos(args.data, ("test_batch.bin",))
+    test.x, test.y = test.x[:200], test.y[:200]
+    prompts = [f"a photo of the {name}" for name in CLASSES + captions.scenes]
+
+    def held_out(model: unet.UNet) -> float:
+        """The loss on 200 test photos under their class word; and a row of pictures for the model card."""
+        rng = torch.Generator().manual_seed(1)
+        z0 = autoencoder.encode(2 * to_float(test.x.to(args.device)) - 1)[0] * autoencoder.scaling_factor
+        t = torch.linspace(0, T - 1, len(z0)).long().to(args.device)
+        noise = torch.randn(z0.shape, generator=rng).to(args.device)
+        c = encoder(tokenizer([prompts[k] for k in test.y.tolist()]).to(args.device))
+        error = (model(scheduler.add_noise(z0, noise, t), t, c) - noise).square().mean((1, 2, 3))
+        files.write_png(args.work / f"unet-{run.step:06}.png", files.grid(draw(model, prompts[:10], 1), 10))
+        return (weight[t] * error).mean().item()
+
     run = Run("unet", net, recipe.unet_steps, 1e-3, 0.01, args, ema=recipe.ema)
-    finished = run.train(loss)
+    finished = run.train(loss, held_out)
     write_network(args.out / "unet", "diffusion_pytorch_model.safetensors", run.average,
                   {"_class_name": "UNet2DConditionModel", "act_fn": "silu", **asdict(config)})
     write_json(args.out / "scheduler/scheduler_config.json", {
@@ -490,18 +634,7 @@ def train_unet(args, recipe: Recipe, photos: Photos) -> bool:
     write_json(args.out / "defaults.json", {"guidance": GUIDANCE, "steps": STEPS, "size": 32})
 
     shipped = unet.UNet.from_pretrained(args.out / "unet", device=args.device)
-    prompts = [f"a photo of the {name}" for name in CLASSES + captions.scenes]
-    with torch.no_grad():
-        c = encoder(tokenizer([p for p in prompts for _ in range(10)]).to(args.device))
-        u = encoder(tokenizer([""]).to(args.device)).expand_as(c)
-        start = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(s))
-                           for s in range(10)])
-        start = start.repeat(len(prompts), 1, 1, 1).to(args.device)
-        latents = diffusion.ddim(
-            lambda zt, t: diffusion.guided(shipped(zt, t, u), shipped(zt, t, c), GUIDANCE),
-            start, scheduler, STEPS)
-        pictures = autoencoder.decode(latents / autoencoder.scaling_factor) / 2 + 0.5
-    files.write_png(args.work / "unet.png", files.grid(pictures.cpu(), 10, zoom=2))
+    files.write_png(args.work / "unet.png", files.grid(draw(shipped, prompts, 10), 10, zoom=2))
     print(f"unet: {args.work / 'unet.png'}" + ("" if finished else " (unfinished)"))
     return finished
 
@@ -513,7 +646,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="model folder to write (default: mini/)")
     parser.add_argument("--work", type=Path, default=HERE / "work",
                         help="checkpoints and grids (default: mini/work)")
-    parser.add_argument("--stage", choices=["all", "clip", "vae", "unet"], default="all")
+    parser.add_argument("--stage", choices=["all", "clip", "vae", "unet", "vision"], default="all",
+                        help="all: clip, vae, unet; vision: CLIP's image tower alone goes on")
     parser.add_argument("--recipe", choices=RECIPES, default="gpu" if torch.cuda.is_available() else "laptop",
                         help="sizes and lengths (default: by the hardware found)")
     parser.add_argument("--steps", type=int, help="length of the stage, instead of the recipe's")
@@ -525,9 +659,12 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[args.recipe]
     photos = Photos(args.data)
-    for stage, train in {"clip": train_clip, "vae": train_vae, "unet": train_unet}.items():
-        if args.stage in ("all", stage):
-            own = replace(recipe, **{f"{stage}_steps": args.steps}) if args.steps else recipe
+    stages = {"clip": train_clip, "vae": train_vae, "unet": train_unet,
+              "vision": partial(train_clip, image_only=True)}
+    for stage, train in stages.items():
+        if stage == args.stage or (args.stage == "all" and stage != "vision"):
+            length = "clip_steps" if stage == "vision" else f"{stage}_steps"
+            own = replace(recipe, **{length: args.steps}) if args.steps else recipe
             if not train(args, own, photos):
                 print(f"{stage} is not finished: repeat the command to go on")
                 break

@@ -275,11 +275,11 @@ def test_losses_equal_equations_8_and_9_term_by_term():
     assert both.item() == pytest.approx((odd + second).item(), rel=1e-5)
 
 
-def aligned(lora_steps=60, lr=1e-2):
+def aligned(lora_steps=60, lr=1e-2, **counts):
     model, p = ToyModel(), pair()
     W0 = {f"attn2.{k}.weight": model.unet.get_parameter(f"attn2.{k}.weight").clone()
           for k in ("to_k", "to_v")}
-    s = Settings(lora_steps=lora_steps, lr=lr, trajectories=4, M=3, N=3)
+    s = Settings(**{"lora_steps": lora_steps, "lr": lr, "trajectories": 4, "M": 3, "N": 3} | counts)
     W = edited(W0, erase_in_closed_form([p], torch.randn(1, 10, 16, generator=rng(9)), s)[0])
     z, t = torch.randn(4, 5, 4, 2, 2, generator=rng(2)), torch.tensor([981, 781, 581, 381, 181])
     c = p.e_star.float().expand(5, -1, -1)
@@ -303,6 +303,23 @@ def test_alignment_lowers_both_losses_on_held_out_latents_and_touches_only_the_l
 def test_no_steps_change_no_loss():
     _, _, _, losses, _ = aligned(lora_steps=0)
     assert losses["Eq. 8"][0] == losses["Eq. 8"][1] and losses["Eq. 9"][0] == losses["Eq. 9"][1]
+
+
+def test_without_neighbors_or_beyond_concepts_alignment_has_neither(monkeypatch):
+    """Table 3: variant 2 trains on Eq. 8 alone, variant 3 on Eq. 9 without its second term."""
+    terms = []
+
+    def loss(eps, z, t, target, c, beyond=None, beyond_target=None):
+        terms.append((not torch.equal(c, pair().e.expand(len(z), -1, -1)), beyond is not None))
+        return noise_alignment_loss(eps, z, t, target, c, beyond, beyond_target)
+
+    monkeypatch.setattr(realera, "noise_alignment_loss", loss)
+    for counts, kinds, names in (({}, {(False, False), (True, True)}, {"Eq. 8", "Eq. 9"}),
+                                 ({"N": 0}, {(False, False), (True, False)}, {"Eq. 8", "Eq. 9"}),
+                                 ({"M": 0, "N": 0}, {(False, False)}, {"Eq. 8"})):
+        terms.clear()
+        assert aligned(4, **counts)[3].keys() == names
+        assert set(terms) == kinds
 
 
 def test_alignment_gives_the_same_bytes_from_the_same_seed():

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 
+from eval_clip import CLIP
 from sample import Model
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +53,8 @@ def test_three_stages_make_a_model_that_we_and_diffusers_open(data, tmp_path):
     for part in ("clip: 4 of 4 steps", "zero-shot top-1", "vae: 4 of 4 steps", "PSNR", "unet: 4 of 4 steps"):
         assert part in printed
     assert {p.name for p in (tmp_path / "work").iterdir()} == {
-        "clip.safetensors", "clip.png", "vae.safetensors", "vae.png", "unet.safetensors", "unet.png"}
+        "clip.safetensors", "clip.png", "vae.safetensors", "vae.png", "unet.safetensors", "unet.png",
+        *(f"unet-{step:06}.png" for step in range(1, 5))}
     model = Model(out)
     ours = model.draw(["a photo of the airplane"], [0], steps=2)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(out)
@@ -67,6 +70,15 @@ def test_three_stages_make_a_model_that_we_and_diffusers_open(data, tmp_path):
     more = run(*args, "--recipe", "tiny", "--stage", "vae", "--work", tmp_path / "new", "--init", out,
                "--steps", 1)
     assert "vae: 1 of 1 steps" in more.stdout
+    text = {part: (out / part / "model.safetensors").read_bytes() for part in ("text_encoder", "clip")}
+    assert "vision: 4 of 4 steps" in run(*args, "--recipe", "tiny", "--stage", "vision").stdout
+    assert (out / "text_encoder/model.safetensors").read_bytes() == text["text_encoder"]
+    assert (out / "clip/model.safetensors").read_bytes() != text["clip"]
+    figure = [sys.executable, ROOT / "mini/figure.py", "--work", tmp_path / "work", "--out", tmp_path / "t.svg"]
+    subprocess.run(list(map(str, figure)), check=True)
+    drawn = ElementTree.parse(tmp_path / "t.svg").getroot()
+    kinds = [element.tag.rsplit("}")[-1] for element in drawn.iter()]
+    assert kinds.count("polyline") == 8 and kinds.count("image") == 4
 
 
 def test_missing_data_is_one_clear_line(tmp_path):
@@ -101,6 +113,49 @@ def test_interrupted_training_resumes_to_the_same_bytes(tmp_path):
     for kept in ("net", "average"):
         for p, q in zip(getattr(whole, kept).parameters(), getattr(resumed, kept).parameters()):
             assert torch.equal(p, q)
+
+
+def test_held_out_scores_are_kept_with_the_checkpoint(tmp_path):
+    assert [step for step, _ in toy_run(tmp_path).scores] == list(range(1, 9))
+    assert len(toy_run(tmp_path).scores) == 8                     # done: none is added
+
+
+def test_the_same_captions_give_the_same_vocabulary(tmp_path):
+    for name in ("a", "b"):
+        train.train_tokenizer(train.Captions(), tmp_path / name)
+    assert (tmp_path / "a/merges.txt").read_bytes() == (tmp_path / "b/merges.txt").read_bytes()
+
+
+def test_merges_join_the_commonest_pair_first_and_the_text_breaks_ties():
+    # a-b three times; then x-d</w> and ab-c</w> twice each: the later one in the alphabet
+    assert train.merges_of(["abc abc abe", "xd xd"], 3) == [("a", "b"), ("x", "d</w>"), ("ab", "c</w>")]
+
+
+def test_closeness_puts_synonyms_nearer_than_phrases_nearer_than_the_rest():
+    captions = train.Captions()
+    close, at = captions.closeness(), captions.names.index
+    assert torch.equal(close, close.T) and torch.equal(close.diag(), torch.ones(len(close)))
+    assert len(close) == len(captions.names) + len(captions.words)
+    own = close[at("airplane")]
+    assert own[at("jet")] > own[at("boeing 747 on the runway")] > own[at("ship")] == own[at("sky")] == own[-1]
+    assert close[at("jet"), at("plane")] > close[at("jet"), at("boat")]
+
+
+def test_shifted_moves_and_mirrors_each_photo_by_itself():
+    x = torch.arange(32.0).expand(1, 3, 32, 32).repeat(64, 1, 1, 1)
+    y = train.shifted(x, 3, torch.Generator().manual_seed(0))
+    found = {tuple(row.tolist()) for row in y[:, 0, 10]}
+    line = [3, 2, 1, *range(32), 30, 29, 28]                      # mirrored at its ends
+    allowed = {tuple(way[i:i + 32]) for way in (line, line[::-1]) for i in range(7)}
+    assert found <= allowed and len(found) > 8
+
+
+def test_looking_at_all_patches_is_clips_own_feature():
+    clip = CLIP.from_pretrained(ROOT / "mini/clip")
+    pixels, rng = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.Generator()
+    assert torch.allclose(train.look(clip, pixels, 1, rng), clip.image_features(pixels), atol=1e-6)
+    half = train.look(clip, pixels, 0.5, rng.manual_seed(1))
+    assert not torch.allclose(half, clip.image_features(pixels), atol=1e-2)
 
 
 def test_groups_are_numbered_from_bright_to_dark(data):

@@ -1,0 +1,182 @@
+"""Draw many pictures and keep what CLIP sees in them: resumable, on any number of processes and machines.
+
+Of every picture one line of JSON is kept: prompt, seed, and CLIP's image feature (unit vector, float16,
+base64). All metrics follow from features and text, so another choice of class names draws nothing again.
+Lines lie in `<folder>/<key>/`, the key being a hash of the weights and of all settings that a picture depends
+on: results of different settings cannot mix. Each process appends to a file of its own, a batch in one write.
+A killed run loses at most the batch in flight, and the same command goes on from there.
+
+    torchrun --nproc-per-node 8 -- tables.py --table 1 …     # the folder must be one that all processes share
+"""
+import base64
+import datetime
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from concepts import BOOK
+from eval_clip import CLIP
+from files import UserError, base_hash, fingerprint, read_json, whole, write_png
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # torchrun sets these
+Job = tuple[str, int]                                             # prompt and seed: one picture
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if WORLD > 1:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+        torch.distributed.barrier()
+
+
+class Results:
+    """`found`: features by (prompt, seed) of one setting; `add` keeps more. `settings` go into JSON."""
+
+    def __init__(self, folder: Path, settings: dict, width: int):
+        text = json.dumps(settings, sort_keys=True, indent=1)
+        self.folder, self.width = folder / hashlib.sha256(text.encode()).hexdigest()[:16], width
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.mine, self.all = self.folder / f"process{RANK}.jsonl", self.folder / "results.jsonl"
+        with whole(self.folder / f"settings{RANK}.json") as temporary:
+            temporary.write_text(text + "\n")
+        self.found: dict[Job, Tensor] = {}
+        if bad := self.read():
+            print(f"warning: {self.folder}: {bad} unreadable lines dropped, {len(self.found)} good ones kept",
+                  file=sys.stderr)
+
+    def read(self) -> int:
+        """Everything that any process has written; of a picture that is there twice, the first counts."""
+        self.found, bad = {}, 0
+        for path in (self.all, *sorted(self.folder.glob("process*.jsonl"))):
+            for line in path.read_bytes().split(b"\n") if path.exists() else []:
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                    feature = np.frombuffer(base64.b64decode(record["feature"], validate=True), np.float16)
+                    if len(feature) != self.width:
+                        raise ValueError
+                    self.found.setdefault((record["prompt"], int(record["seed"])),
+                                          torch.from_numpy(feature.astype(np.float32)))
+                except (ValueError, KeyError, TypeError):         # cut off in mid-write, or damaged
+                    bad += 1
+        return bad
+
+    @staticmethod
+    def lines(jobs: list[Job], features: list[Tensor]) -> bytes:
+        return "".join(json.dumps({"prompt": prompt, "seed": seed, "feature": base64.b64encode(
+            vector.numpy().astype(np.float16).tobytes()).decode()}) + "\n"
+            for (prompt, seed), vector in zip(jobs, features)).encode()
+
+    def add(self, jobs: list[Job], features: Tensor) -> None:
+        with open(self.mine, "a+b") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            cut = file.read() not in (b"", b"\n")                 # a torn line stays alone
+            file.write((b"\n" if cut else b"") + self.lines(jobs, list(features)))
+
+    def settle(self) -> None:
+        """One file in the order of prompts and seeds, the same for any number of processes."""
+        barrier()
+        self.read()
+        barrier()
+        if RANK == 0 and (parts := list(self.folder.glob("process*.jsonl"))):
+            jobs = sorted(self.found)
+            with whole(self.all) as temporary:
+                temporary.write_bytes(self.lines(jobs, [self.found[job] for job in jobs]))
+            for path in parts:
+                path.unlink()
+        barrier()
+
+
+def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None = None,
+             guidance: float | None = None, batch: int | None = None, keep: Path | None = None,
+             what: str = "pictures") -> dict[Job, Tensor]:
+    """Draw every job that no earlier run has, and return all features {(prompt, seed): [P]}.
+
+    The work is cut into batches before it is dealt to the processes, so no picture depends on their number.
+    keep: folder for the pictures as PNG. Raises UserError for impossible settings.
+    """
+    steps = model.defaults["steps"] if steps is None else steps
+    guidance = model.defaults["guidance"] if guidance is None else guidance
+    most = model.scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most or (batch is not None and batch < 1):
+        raise UserError(f"--batch must be at least 1, --steps 1 to {most}")
+    if any(not 0 <= seed < 2 ** 63 for _, seed in jobs):
+        raise UserError("seeds must be at least 0 and below 2 to the 63rd")
+    weights = {name: p.data.float().cpu() for name, p in model.unet.named_parameters()
+               if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+    settings = {"model": fingerprint(model.folder), "cross-attention": base_hash(weights),
+                "clip": base_hash({"": clip.visual_projection.weight.cpu()}), "steps": steps,
+                "guidance": guidance, "size": model.defaults["size"], "dtype": str(model.dtype)}
+    results = Results(folder, settings, clip.config.projection_dim)
+    side = model.defaults["size"] // model.vae.factor
+    batch, jobs = batch or max(1, 8192 // side ** 2), list(dict.fromkeys(jobs))
+    blocks = [jobs[i:i + batch] for i in range(0, len(jobs), batch)]
+
+    def picture_file(job: Job) -> Path:
+        return keep / f"{hashlib.sha256(job[0].encode()).hexdigest()[:8]}-{job[1]}.png"
+
+    def done(job: Job) -> bool:
+        return job in results.found and (not keep or picture_file(job).exists())
+
+    todo = [block for block in blocks[RANK::WORLD] if not all(map(done, block))]
+    quiet = None if RANK == 0 else True                           # None: where there is no terminal
+    with tqdm(total=sum(map(len, todo)), desc=what, unit="picture", disable=quiet) as bar:
+        for block in todo:
+            prompts, seeds = zip(*block)
+            pictures = model.draw(list(prompts), list(seeds), steps, guidance, batch=batch)
+            with torch.no_grad():
+                features = clip.image_features(clip.preprocess(pictures.to(clip.logit_scale))).cpu()
+            if keep:
+                keep.mkdir(parents=True, exist_ok=True)
+                for job, picture in zip(block, pictures):
+                    write_png(picture_file(job), (picture.permute(1, 2, 0) * 255).round().byte().numpy())
+            results.add(block, features)
+            bar.update(len(block))
+    results.settle()
+    return {job: results.found[job] for job in jobs}
+
+
+def row_prompts(concept: str) -> dict[str, list[tuple[str, str]]]:
+    """(what should be seen, prompt) by group: e, the class; s, the others; g, synonyms; a, phrases.
+
+    Raises UserError for a concept that is not among the ten classes.
+    """
+    classes = read_json(BOOK)["classes"]
+    if concept not in classes:
+        raise UserError(f"{concept!r} is not among the classes {', '.join(classes)}: use --prompts FILE.csv")
+    entry = classes[concept]
+    return {"e": [(concept, f"a photo of the {concept}")],
+            "s": [(name, f"a photo of the {name}") for name in classes if name != concept],
+            "g": [(concept, f"a photo of the {name}") for name in entry["synonyms"]],
+            "a": [(concept, phrase) for phrase in entry["associated"]]}
+
+
+@torch.no_grad()
+def outcomes(clip: CLIP, concept: str, found: dict[Job, Tensor], seeds: range) -> dict[str, dict]:
+    """What CLIP says, by way of counting and group: {"top-1": {"e": [pictures], "s": …}, …}.
+
+    top-1 and probability choose among the ten classes and the scenes that serve as anchors: a choice without
+    "none of them" calls half of all plain sky an airplane. "ten-way" is the paper's choice among the classes.
+    """
+    book = read_json(BOOK)
+    names = [*book["classes"], *book["scenes"]]
+    text = clip.text_features(clip.tokenizer([f"a photo of the {name}" for name in names])
+                              .to(clip.logit_scale.device)).cpu()                    # [names, P]
+    counted = {"top-1": {}, "probability": {}, "ten-way": {}}
+    for group, prompts in row_prompts(concept).items():
+        features = torch.stack([found[prompt, seed] for _, prompt in prompts for seed in seeds])
+        wanted = torch.tensor([names.index(name) for name, _ in prompts for _ in seeds])
+        logits = clip.logit_scale.exp().cpu() * features @ text.T                    # [pictures, names]
+        counted["top-1"][group] = (logits.argmax(1) == wanted).float()
+        counted["probability"][group] = logits.softmax(1)[torch.arange(len(wanted)), wanted]
+        counted["ten-way"][group] = (logits[:, :len(book["classes"])].argmax(1) == wanted).float()
+    return counted

@@ -1,0 +1,184 @@
+"""The paper's tables and figures, each one command.
+
+    python tables.py --table 1 --quick                   # ten classes: untouched, closed form only, RealEra
+    python tables.py --table 3                           # automobile, variants 1 to 4
+    python tables.py --figure 5 --quick                  # Acc_s − Acc_e over D × S and over M × N
+    torchrun --nproc-per-node 8 -- tables.py --table 1 --n 200 --steps 50 --model … --clip … --dtype bfloat16
+
+Every edit is made by realera.py and kept in --out, and so is every picture's CLIP feature: a killed run goes
+on, and a second table draws only what the first one had not. --set reaches every edit.
+"""
+import argparse
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from command import DTYPES, command_line, measuring_args, parse_settings, pick_device
+from concepts import BOOK
+from eval_clip import judge, write_tables
+from files import (UserError, base_hash, cross_attention, model_folder, put_weights, read_edit, read_json,
+                   write_png)
+from metrics import as_markdown, summary
+from realera import Settings
+from sample import Model
+from scores import RANK, WORLD, barrier, evaluate, outcomes, row_prompts
+
+CLOSED = ["M=0", "N=0", "lora_steps=0"]
+TABLES = {1: {"closed form": CLOSED, "RealEra": []},
+          3: {"1 closed form": CLOSED, "2 + noise alignment": ["M=0", "N=0"],
+              "3 + neighbor mining": ["N=0"], "4 + beyond-concept": []}}
+# Figure 5 (a): D is read as D1, S as S2 with S1 fixed. The closed form alone, unless --set lora_steps=200.
+FIGURE = {"D-S": ("D1", [0.5, 0.7, 0.9, 1.1], "S2", [0.3, 0.5, 0.7, 0.8]),
+          "M-N": ("M", [1, 3, 5, 10, 20], "N", [0, 1, 3, 10, 30])}
+
+
+def edit_folder(concept: str, settings: list[str], args) -> Path:
+    """Where the edit of `concept` with `--set settings` lies: named by a hash of all that it depends on."""
+    chosen = dataclasses.asdict(parse_settings(Settings, settings))
+    about = json.dumps([chosen, anchor_of(concept), args.base, args.edit_seed], sort_keys=True)
+    return args.out / "edits" / f"{concept}-{hashlib.sha256(about.encode()).hexdigest()[:10]}"
+
+
+def anchor_of(concept: str) -> str:
+    return read_json(BOOK)["classes"][concept]["anchor"]
+
+
+def make_edits(rows: list[tuple[str, str, list[str] | None]], args) -> None:
+    """Let realera.py make every edit that is not there yet, dealt to the processes."""
+    wanted = {edit_folder(concept, settings, args): (concept, settings)
+              for concept, _, settings in rows if settings is not None}              # equal ones once
+    in_turn = sorted(wanted, key=lambda folder: wanted[folder][::-1])                # deals slow ones evenly
+    for folder in in_turn[RANK::WORLD]:
+        concept, settings = wanted[folder]
+        if folder.exists():
+            continue
+        command = [sys.executable, Path(__file__).with_name("realera.py"), "--concept", concept,
+                   "--anchor", anchor_of(concept), "--model", args.model, "--out", folder,
+                   "--seed", args.edit_seed, "--device", args.device, "--dtype", args.dtype, "--no-pictures",
+                   *(["--set", *settings] if settings else [])]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise UserError(f"erasing {concept} failed: {said.removeprefix('error: ')}")
+    barrier()
+
+
+def measure(rows: list[tuple[str, str, list[str] | None]], args) -> list[tuple[dict, dict]]:
+    """Draw and count rows (concept, variant, settings or None for the untouched model). Per row: {concept,
+    variant, drift}, and the outcomes {how: {group: [pictures]}}."""
+    folder = model_folder(args.model)
+    W0 = cross_attention(folder)
+    args.base = base_hash(W0)
+    make_edits(rows, args)
+    device, seeds, found = pick_device(args.device), range(args.seed, args.seed + args.n), []
+    model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
+    for i, (concept, variant, settings) in enumerate(rows):
+        edit = None if settings is None else edit_folder(concept, settings, args)
+        put_weights(model.unet, read_edit(edit, folder) if edit else W0)
+        jobs = [(prompt, seed) for group in row_prompts(concept).values() for _, prompt in group
+                for seed in seeds]
+        place = args.out / "pictures" / (edit.name if edit else "untouched")
+        features = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch,
+                            place if args.keep_pictures else None,
+                            f"{i + 1}/{len(rows)} {concept}, {variant}")
+        numbers = read_json(edit / "run.json")["numbers"] if edit else {}
+        drift = round(numbers.get("median drift of unrelated prompts", 0), 3)
+        found.append(({"erased": concept, "variant": variant, "drift": drift},
+                      outcomes(clip, concept, features, seeds)))
+    return found
+
+
+def table(number: int, args) -> list[dict]:
+    concepts = list(read_json(BOOK)["classes"]) if number == 1 else ["automobile"]
+    variants = {"untouched": None} | {name: args.set + settings for name, settings in TABLES[number].items()}
+    measured = measure([(c, name, settings) for c in concepts for name, settings in variants.items()], args)
+    rows = []
+    for how in ("top-1", "ten-way", "probability"):
+        rows += [{"counted": how} | about | summary([counted[how]]) for about, counted in measured]
+        for name in variants if len(concepts) > 1 else []:
+            some = [counted[how] for about, counted in measured if about["variant"] == name]
+            drift = sum(about["drift"] for about, _ in measured if about["variant"] == name) / len(some)
+            about = {"counted": how, "erased": "average of ten", "variant": name, "drift": round(drift, 3)}
+            rows.append(about | summary(some))
+    return rows
+
+
+def figure(args) -> list[dict]:
+    """Figure 5: Acc_s − Acc_e of automobile (and what the paper does not show: Acc_g, Acc_a, drift)."""
+    rows, cells = [], []
+    for name, (x, xs, y, ys) in FIGURE.items():
+        cells += [(name, a, b, [*CLOSED[2:], *args.set, f"{x}={a}", f"{y}={b}"]) for a in xs for b in ys]
+    measured = measure([(args.concept, f"{name} {a} {b}", settings) for name, a, b, settings in cells], args)
+    for (name, a, b, _), (about, counted) in zip(cells, measured):
+        means = {f"Acc_{g}": round(100 * x.mean().item(), 2) for g, x in counted["top-1"].items()}
+        rows.append({"figure": name, "D1 or M": a, "S2 or N": b, "Acc_s - Acc_e": round(means["Acc_s"]
+                     - means["Acc_e"], 2), **means, "drift": about["drift"]})
+    if RANK == 0:
+        for name, (x, xs, y, ys) in FIGURE.items():
+            values = torch.tensor([row["Acc_s - Acc_e"] for row in rows if row["figure"] == name])
+            write_png(args.out / f"figure5-{name}.png", heat_map(values.view(len(xs), len(ys)), x, xs, y, ys))
+    return rows
+
+
+GLYPHS = dict(zip("0123456789.-DSMN", (                           # 3 × 5 pixels each, row by row
+    "111101101101111 010110010010111 111001111100111 111001111001111 101101111001001 111100111001111 "
+    "111100111101111 111001001001001 111101111101111 111101111001111 000000000000010 000000111000000 "
+    "110101101101110 011100010001110 101111111101101 101111111111101").split()))
+
+
+def write_text(picture: torch.Tensor, text: str, top: int, left: int, scale: int = 3) -> None:
+    """Put digits and the letters of GLYPHS into a uint8 [H, W, 3] picture, in black."""
+    for i, character in enumerate(text):
+        bits = torch.tensor([bit == "1" for bit in GLYPHS[character]]).view(5, 3)
+        bits = bits.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+        place = picture[top:top + 5 * scale, left + 4 * scale * i:left + 4 * scale * i + 3 * scale]
+        place[bits] = 0
+
+
+def heat_map(values: torch.Tensor, x: str, xs: list, y: str, ys: list):
+    """values [len(xs), len(ys)] -> uint8 [H, W, 3]: x downwards, y to the right, white low, green high."""
+    size, margin = 96, 84
+    picture = torch.full((margin + size * len(xs), margin + size * len(ys), 3), 255, dtype=torch.uint8)
+    low, span = values.min(), (values.max() - values.min()).clamp(min=1e-6)
+    for i in range(len(xs)):
+        for j in range(len(ys)):
+            top, left, depth = margin + size * i, margin + size * j, ((values[i, j] - low) / span).item()
+            picture[top:top + size - 2, left:left + size - 2] = torch.tensor(
+                [255 - 150 * depth, 255 - 30 * depth, 255 - 150 * depth]).byte()
+            write_text(picture, f"{values[i, j]:.1f}", top + 38, left + 18)
+    for i, value in enumerate(xs):
+        write_text(picture, str(value), margin + size * i + 38, 12)
+    for j, value in enumerate(ys):
+        write_text(picture, str(value), 54, margin + size * j + 18)
+    write_text(picture, x, 54, 12)
+    write_text(picture, y, 12, margin + 18)
+    return picture.numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--table", type=int, choices=TABLES, help="1: ten classes; 3: the ablation")
+    what.add_argument("--figure", type=int, choices=[5], help="5: two sweeps, as CSV and heat maps")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+                        help="settings of realera.py for every edit")
+    parser.add_argument("--concept", default="automobile", help="of the figure (default automobile)")
+    parser.add_argument("--edit-seed", type=int, default=0, help="of mining and LoRA (default 0)")
+    args = measuring_args(parser)
+    args.out = args.out or Path("out/tables")
+    row_prompts(args.concept)                                     # an unknown concept is an error at once
+    rows = table(args.table, args) if args.table else figure(args)
+    if RANK == 0:
+        write_tables(args.out, f"table{args.table}" if args.table else "figure5", rows)
+        print(as_markdown([row for row in rows if row.get("counted", "top-1") == "top-1"]))
+        print(f"wrote {args.out}/")
+
+
+if __name__ == "__main__":
+    command_line(main)
