@@ -37,7 +37,7 @@ def curve(points: list, x_max: float, colour: str, right: bool) -> str:
 def panel(stage: str, path: Path) -> str:
     with safe_open(path, "pt") as file:
         note = file.metadata()
-    log, scores = json.loads(note["log"]), json.loads(note["scores"])
+    log, scores = json.loads(note["log"]), json.loads(note.get("scores", "[]"))
     if not log:
         raise UserError(f"{path} holds no steps: train first")
     steps = max(log[-1][0], 1)

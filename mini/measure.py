@@ -10,7 +10,7 @@ Both choose among the ten classes and the five scenes.
 """
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,7 +125,7 @@ class Measure:
         self.clip = CLIP.from_pretrained(args.model / "clip", device=args.device)
         self.photos, self.test = Photos(args.data), Photos(args.data, ("test_batch.bin",))
         self.judge = train_judge(args, self.photos)
-        self.of_class: dict[int, Tensor] = {}                     # pictures of all classes by number of each
+        self.of_class = None                                      # pictures of all classes, drawn once
 
     def draw(self, prompts: list[str], n: int, first: int = 0) -> Tensor:
         """[prompts, n, 3, 32, 32], seeds first … first + n − 1 for every prompt."""
@@ -134,9 +134,11 @@ class Measure:
         return pictures.unflatten(0, (len(prompts), n))
 
     def classes(self, n: int) -> Tensor:
-        if n not in self.of_class:
-            self.of_class[n] = self.draw([f"a photo of the {c}" for c in CLASSES], n)
-        return self.of_class[n]
+        if self.of_class is None:
+            clouds = {"diversity", "frechet"} & set(self.args.parts)
+            self.of_class = self.draw([f"a photo of the {c}" for c in CLASSES],
+                                      max(self.n, self.args.frechet // 10 if clouds else 0))
+        return self.of_class[:, :n]
 
     def said(self, pictures: Tensor) -> dict[str, Tensor]:
         """What each judge sees in pictures [prompts, n, 3, 32, 32]: index into `choices`, [prompts, n]."""
@@ -199,9 +201,10 @@ class Measure:
         place = argparse.Namespace(out=self.args.model, device=self.args.device)
         typical = train.typical(place, train.RECIPES["laptop"], self.photos)
         real = to_float(self.photos.x[typical[self.photos.y[typical] < 10]])
-        drawn, which = nearest(pictures[:, :8].flatten(0, 1), real)
+        some = pictures[:, :8]
+        drawn, which = nearest(some.flatten(0, 1), real)
         among = nearest(real[::5], real[::5], same=True)[0]
-        pairs = torch.stack([pictures[:8, 0], real[which.view(10, 8)[:8, 0]]])
+        pairs = torch.stack([some[:8, 0], real[which.view(10, -1)[:8, 0]]])
         write_png(self.args.work / "nearest.png", grid(pairs.flatten(0, 1), 8, zoom=3))
         pixels, features = torch.tensor(ratios).mean(0).tolist()
         return {"pixels": round(100 * pixels, 1), "features": round(100 * features, 1), "pictures": n,
@@ -241,13 +244,18 @@ class Measure:
         if self.args.edit:
             return {}
         (self.args.work / "cost.png").unlink(missing_ok=True)
-        command = [sys.executable, HERE.parent / "sample.py", "a photo of the ship", "--n", "8", "--device",
-                   "cpu", "--model", self.args.model, "--out", self.args.work / "cost.png"]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        # its own peak, as Linux counts it: a child's ru_maxrss starts from its parent's
+        code = ("import runpy, sys; sys.argv = sys.argv[1:]; "
+                "runpy.run_path(sys.argv[0], run_name='__main__'); "
+                "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
+        command = [sys.executable, "-c", code, HERE.parent / "sample.py", "a photo of the ship", "--n", "8",
+                   "--device", "cpu", "--model", self.args.model, "--out", self.args.work / "cost.png"]
+        printed, peak = subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE.parent,
+                                       env=os.environ | {"PYTHONPATH": str(HERE.parent)}
+                                       ).stdout.strip().splitlines()
         weights = sum(path.stat().st_size for path in self.args.model.glob("*/*model.safetensors"))
-        return {"8 pictures": f"{8 * float(printed.split()[-4]):.1f} s", "peak GiB": round(peak / 2 ** 20, 2),
-                "MiB of weights": round(weights / 2 ** 20, 1),
+        return {"8 pictures": f"{8 * float(printed.split()[-4]):.1f} s",
+                "peak GiB": round(int(peak) / 2 ** 20, 2), "MiB of weights": round(weights / 2 ** 20, 1),
                 "U-Net parameters": sum(p.numel() for p in self.model.unet.parameters())}
 
 

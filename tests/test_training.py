@@ -1,6 +1,7 @@
 """mini/train.py on a handful of made-up photos: every stage, what it writes, interruption, resuming."""
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,13 +47,20 @@ def run(*args, status=0):
     return done
 
 
-def test_three_stages_make_a_model_that_we_and_diffusers_open(data, tmp_path):
-    out, args = tmp_path / "model", ["--data", data, "--out", tmp_path / "model", "--work", tmp_path / "work"]
-    assert "not finished" in run(*args, "--recipe", "tiny", "--minutes", 0).stdout
-    printed = run(*args, "--recipe", "tiny").stdout
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A model folder of the tiny recipe, its work folder, the flags that made it, and what was printed."""
+    root = tmp_path_factory.mktemp("trained")
+    args = ["--data", data, "--out", root / "model", "--work", root / "work", "--recipe", "tiny"]
+    assert "not finished" in run(*args, "--minutes", 0).stdout
+    return root / "model", root / "work", args, run(*args).stdout
+
+
+def test_three_stages_make_a_model_that_we_and_diffusers_open(trained):
+    out, work, _, printed = trained
     for part in ("clip: 4 of 4 steps", "zero-shot top-1", "vae: 4 of 4 steps", "PSNR", "unet: 4 of 4 steps"):
         assert part in printed
-    assert {p.name for p in (tmp_path / "work").iterdir()} == {
+    assert {p.name for p in work.iterdir()} == {
         "clip.safetensors", "clip.png", "vae.safetensors", "vae.png", "unet.safetensors", "unet.png",
         *(f"unet-{step:06}.png" for step in range(1, 5))}
     model = Model(out)
@@ -63,22 +71,43 @@ def test_three_stages_make_a_model_that_we_and_diffusers_open(data, tmp_path):
     theirs = pipe("a photo of the airplane", latents=model.noise([0]), num_inference_steps=2, height=32,
                   width=32, guidance_scale=3.0, output_type="pt").images
     assert (ours - theirs.float()).abs().max() <= 1 / 255
-    weights = (out / "unet/diffusion_pytorch_model.safetensors").read_bytes()
-    again = run(*args, "--recipe", "tiny", "--stage", "unet").stdout
-    assert "unet: 4 of 4 steps" in again                          # done: only written again
-    assert (out / "unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
-    more = run(*args, "--recipe", "tiny", "--stage", "vae", "--work", tmp_path / "new", "--init", out,
-               "--steps", 1)
-    assert "vae: 1 of 1 steps" in more.stdout
-    text = {part: (out / part / "model.safetensors").read_bytes() for part in ("text_encoder", "clip")}
-    assert "vision: 4 of 4 steps" in run(*args, "--recipe", "tiny", "--stage", "vision").stdout
-    assert (out / "text_encoder/model.safetensors").read_bytes() == text["text_encoder"]
-    assert (out / "clip/model.safetensors").read_bytes() != text["clip"]
-    figure = [sys.executable, ROOT / "mini/figure.py", "--work", tmp_path / "work", "--out", tmp_path / "t.svg"]
-    subprocess.run(list(map(str, figure)), check=True)
+
+
+def test_the_figure_has_a_panel_per_stage_and_what_was_drawn_on_the_way(trained, tmp_path):
+    command = [sys.executable, ROOT / "mini/figure.py", "--work", trained[1], "--out", tmp_path / "t.svg"]
+    subprocess.run(command, check=True)
     drawn = ElementTree.parse(tmp_path / "t.svg").getroot()
     kinds = [element.tag.rsplit("}")[-1] for element in drawn.iter()]
-    assert kinds.count("polyline") == 8 and kinds.count("image") == 4
+    assert kinds.count("polyline") == 6 and kinds.count("image") == 4
+    done = subprocess.run([*command[:3], tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+
+
+def test_measuring_fills_the_tables_of_the_card(trained, data, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "model")
+    (tmp_path / "model/defaults.json").write_text(json.dumps({"guidance": 3.0, "steps": 1, "size": 32}))
+    parts = ["cosines", "photos", "class", "diversity", "frechet"]
+    command = [sys.executable, ROOT / "mini/measure.py", "--data", data, "--model", tmp_path / "model",
+               "--n", 2, "--steps", 2, "--work", tmp_path / "work", "--frechet", 30, "--parts", *parts]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    found = json.loads((tmp_path / "work/measured.json").read_text())
+    assert list(found) == parts and found["frechet"]["pictures"] == 30
+    assert all(0 <= found["class"][who] <= 100 for who in ("clip", "judge"))
+    card = (tmp_path / "work/measured.md").read_text()
+    assert "synonyms, thirty" not in card and f"| {found['photos']['PSNR']} dB |" in card
+
+
+def test_what_is_trained_can_be_gone_on_from(trained, tmp_path):
+    """A finished stage is only written again; --init starts from weights; the image tower goes on alone."""
+    out, _, args, _ = trained
+    files = {part: out / part / "model.safetensors" for part in ("text_encoder", "clip")}
+    files["unet"] = out / "unet/diffusion_pytorch_model.safetensors"
+    before = {part: path.read_bytes() for part, path in files.items()}
+    assert "unet: 4 of 4 steps" in run(*args, "--stage", "unet").stdout
+    assert "vision: 4 of 4 steps" in run(*args, "--stage", "vision").stdout
+    assert {part for part, path in files.items() if path.read_bytes() != before[part]} == {"clip"}
+    more = run(*args, "--stage", "vae", "--work", tmp_path / "new", "--init", out, "--steps", 1)
+    assert "vae: 1 of 1 steps" in more.stdout
 
 
 def test_missing_data_is_one_clear_line(tmp_path):
