@@ -25,6 +25,7 @@ from concepts import BOOK, prompts_to_watch
 from files import (UserError, about_edit, cross_attention, grid, load_network, model_folder, put_weights,
                    read_config, read_edit, read_json, whole, write_png)
 from lora import lora_off
+from metrics import as_csv, as_markdown, bootstrap, summary, wilson
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,6 @@ def judge(flag: str | None, folder: Path, device) -> CLIP:
 
 def write_tables(out: Path, name: str, rows: list[dict]) -> None:
     """`rows` as name.json, name.csv and name.md."""
-    from metrics import as_csv, as_markdown
     texts = {"json": json.dumps(rows, indent=1, ensure_ascii=False) + "\n", "csv": as_csv(rows),
              "md": as_markdown(rows)}
     for ending, text in texts.items():
@@ -199,7 +199,6 @@ def write_tables(out: Path, name: str, rows: list[dict]) -> None:
 
 def rows_of(clip: CLIP, concept: str, variant: str, found, seeds: range) -> list[dict]:
     """Three rows for one concept: top-1, ten-way top-1, mean probability, each metric [value, low, high]."""
-    from metrics import summary
     from scores import outcomes
     return [{"erased": concept, "variant": variant, "counted": how, **summary([groups])}
             for how, groups in outcomes(clip, concept, found, seeds).items()]
@@ -237,7 +236,6 @@ def read_prompts(path: Path, seed: int) -> list[dict]:
 def score_prompts(clip: CLIP, rows: list[dict], found) -> tuple[list[dict], list[dict]]:
     """Per row of the CSV its CLIP score, 100 · cosine of picture and prompt, and CLIP's choice of class; and
     a summary per class and over all."""
-    from metrics import bootstrap, wilson
     features = torch.stack([found[row["prompt"], row["seed"]] for row in rows])      # [rows, P]
     device, names = clip.logit_scale.device, list(dict.fromkeys(row["class"] for row in rows if row["class"]))
 
@@ -303,7 +301,6 @@ def main() -> None:
             pictures.append(model.draw([p for p in some for _ in range(4)],
                                        [args.seed + i for _ in some for i in range(4)], args.steps))
     if RANK == 0:
-        from metrics import as_markdown
         sheet = torch.cat([x.unflatten(0, (-1, 4)) for x in pictures], dim=1)
         write_png(out / "grid.png", grid(sheet.flatten(0, 1), sheet.shape[1], max(1, 96 // sheet.shape[-1])))
         write_tables(out, "metrics", rows)
