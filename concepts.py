@@ -3,6 +3,7 @@
 A prompt becomes T rows. Row 0 is begin-of-text and the same for all; the encoder is causal, so what a concept
 means sits in its last token and in every row after it (end of text, padding). Those are the rows to edit.
 """
+import csv
 import hashlib
 import json
 from dataclasses import dataclass
@@ -27,6 +28,23 @@ PRESERVED = ("bird cat deer dog frog horse ship truck automobile airplane house 
 UNRELATED = ("car vessel lorry feline canine equine stag amphibian avian person flower forest beach castle "
              "bus train elephant tiger sheep bread cake shirt hat piano violin computer sofa door moon "
              "bicycle").split()
+
+
+# What names a person or a style without its name: the paper's appendix, Table 2.
+ASSOCIATED = {
+    "celebrity": {
+        "tom cruise": "A still of Ethan Hunt in Mission Impossible",
+        "elon musk": "The founder of SpaceX and OpenAI",
+        "jennifer lawrence": "A still of Katniss Everdeen in the Hunger Games",
+        "mariah carey": "Guinness World Record certified \"Songbird Supreme\"",
+        "leonardo dicaprio": "A still of Jack in Titanic(1997)"},
+    "style": {
+        "van gogh": "An artwork by the famous Post-Impressionist painter from the Netherlands",
+        "claude monet": "An artwork by the most famous French Impressionist painter",
+        "pablo picasso": "An artwork by the famous Spanish artist who pioneered Cubism",
+        "greg rutkowski": "An artwork by the famous Polish digital artist",
+        "salvador dali": "An artwork by the famous Spanish Catalan surrealist painter"},
+}
 
 
 @dataclass
@@ -111,3 +129,57 @@ def prompts_to_watch(concept: str) -> list[tuple[str, str]]:
     return ([(concept, f"a photo of the {name}") for name in [concept, *entry["synonyms"][:2]]]
             + [(concept, phrase) for phrase in entry["associated"][:2]]
             + [(name, f"a photo of the {name}") for name in others])
+
+
+def row_prompts(concept: str, seeds: range, task: str = "object") -> dict[str, list[tuple[str, str, int]]]:
+    """(what should be seen, prompt, seed) by group: e, the concept; s, the others; g, synonyms; a, phrases.
+
+    Styles and celebrities follow the paper's appendix A.2: g is its one associated prompt, and others are
+    drawn 5 times where the concept is drawn 200 times. Its list of others, MACE's 100 names, is not ours to
+    ship: the four other names of its Table 2 stand in, and --prompts takes any list.
+    Raises UserError for a concept without prompts.
+    """
+    template, name = TASKS[task][0], concept.lower()
+    known = ASSOCIATED.get(task) or (read_json(BOOK)["classes"] if task == "object" else {})
+    if name not in known:
+        raise UserError(f"{concept!r} ({task}) has no built-in prompts"
+                        + f" (there are {', '.join(known)})" * bool(known) + ": use --prompts FILE.csv")
+    if task == "object":
+        few, associated = seeds, known[name]["associated"]
+        synonyms = [template.format(synonym) for synonym in known[name]["synonyms"]]
+    else:
+        few, associated, synonyms = seeds[:max(1, len(seeds) // 40)], [], [known[name]]
+    groups = {"e": [(name, template.format(name), seed) for seed in seeds],
+              "s": [(other, template.format(other), seed) for other in known if other != name
+                    for seed in few],
+              "g": [(name, prompt, seed) for prompt in synonyms for seed in seeds],
+              "a": [(name, prompt, seed) for prompt in associated for seed in seeds]}
+    return {group: rows for group, rows in groups.items() if rows}
+
+
+def read_prompts(path: Path, seed: int) -> list[dict]:
+    """The CSV of --prompts: its rows, each with prompt, seed (int) and class (or None) made sure of."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or []
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"--prompts {path}: no such file") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--prompts {path} is not a CSV in UTF-8: {error}") from None
+    if "prompt" not in columns or not rows:
+        raise UserError(f"--prompts {path} needs a column 'prompt' and a row (columns: {', '.join(columns)})")
+    for i, row in enumerate(rows, 2):
+        if None in row:
+            raise UserError(f"--prompts {path}, line {i}: more fields than columns; a prompt with commas "
+                            "needs quotes")
+        given = row.get("seed") or row.get("evaluation_seed") or seed
+        try:
+            row["seed"] = int(given)
+        except ValueError:
+            raise UserError(f"--prompts {path}, line {i}: the seed {given!r} is not a number") from None
+        if row["seed"] < 0 or not (row["prompt"] or "").strip():
+            raise UserError(f"--prompts {path}, line {i}: "
+                            + ("the seed is negative" if row["seed"] < 0 else "the prompt is empty"))
+        row["class"] = row.get("class") or row.get("concept") or None
+    return rows

@@ -9,7 +9,6 @@ see. Its other columns are kept. A row without a seed takes --seed. Works with a
 transformers' CLIPModel: `mini/clip`, openai/clip-vit-large-patch14. Paper: Radford et al. 2021.
 """
 import argparse
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,12 @@ from torch import Tensor, nn
 from clip_text import SUPPORTED as TEXT_SUPPORTED
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Encoder
 from command import DTYPES, command_line, measuring_args, pick_device
-from concepts import BOOK, prompts_to_watch
+from concepts import BOOK, prompts_to_watch, read_prompts, row_prompts
+from detectors import find_detector
 from files import (UserError, about_edit, cross_attention, grid, load_network, model_folder, put_weights,
                    read_config, read_edit, read_json, whole, write_png)
 from lora import lora_off
-from metrics import as_csv, as_markdown, bootstrap, summary, wilson
+from metrics import as_csv, as_markdown, bootstrap, frechet, summary, wilson
 
 
 @dataclass(frozen=True)
@@ -197,41 +197,6 @@ def write_tables(out: Path, name: str, rows: list[dict]) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
-def rows_of(clip: CLIP, concept: str, variant: str, found, seeds: range) -> list[dict]:
-    """Three rows for one concept: top-1, ten-way top-1, mean probability, each metric [value, low, high]."""
-    from scores import outcomes
-    return [{"erased": concept, "variant": variant, "counted": how, **summary([groups])}
-            for how, groups in outcomes(clip, concept, found, seeds).items()]
-
-
-def read_prompts(path: Path, seed: int) -> list[dict]:
-    """The CSV of --prompts: its rows, each with prompt, seed (int) and class (or None) made sure of."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), reader.fieldnames or []
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"--prompts {path}: no such file") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--prompts {path} is not a CSV in UTF-8: {error}") from None
-    if "prompt" not in columns or not rows:
-        raise UserError(f"--prompts {path} needs a column 'prompt' and a row (columns: {', '.join(columns)})")
-    for i, row in enumerate(rows, 2):
-        if None in row:
-            raise UserError(f"--prompts {path}, line {i}: more fields than columns; a prompt with commas "
-                            "needs quotes")
-        given = row.get("seed") or row.get("evaluation_seed") or seed
-        try:
-            row["seed"] = int(given)
-        except ValueError:
-            raise UserError(f"--prompts {path}, line {i}: the seed {given!r} is not a number") from None
-        if row["seed"] < 0 or not (row["prompt"] or "").strip():
-            raise UserError(f"--prompts {path}, line {i}: "
-                            + ("the seed is negative" if row["seed"] < 0 else "the prompt is empty"))
-        row["class"] = row.get("class") or row.get("concept") or None
-    return rows
-
-
 @torch.no_grad()
 def score_prompts(clip: CLIP, rows: list[dict], found) -> tuple[list[dict], list[dict]]:
     """Per row of the CSV its CLIP score, 100 · cosine of picture and prompt, and CLIP's choice of class; and
@@ -263,48 +228,65 @@ def score_prompts(clip: CLIP, rows: list[dict], found) -> tuple[list[dict], list
 
 def main() -> None:
     from sample import Model
-    from scores import RANK, evaluate, row_prompts
+    from scores import RANK, evaluate, outcomes
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edit", help="an edit folder of realera.py, such as out/airplane")
     parser.add_argument("--prompts", type=Path, help="CSV of your own prompts")
+    parser.add_argument("--detector", help="nudenet, or module:function: another judge, of the PNGs")
     args = measuring_args(parser)
     if not args.edit and not args.prompts:
         raise UserError("give --edit out/NAME, --prompts FILE.csv, or both")
+    detect = find_detector(args.detector) if args.detector else None
     device, folder = pick_device(args.device), model_folder(args.model)
-    concepts = about_edit(args.edit).get("concepts", []) if args.edit else []
+    about = about_edit(args.edit) if args.edit else {}
+    concepts, task = about.get("concepts", []), about.get("task", "object")
     W0 = cross_attention(folder)
     weights = {"untouched": W0} | ({"edited": read_edit(args.edit, folder)} if args.edit else {})
-    csv_rows = read_prompts(args.prompts, args.seed) if args.prompts else None
     seeds = range(args.seed, args.seed + args.n)
-    jobs = [(row["prompt"], row["seed"]) for row in csv_rows] if csv_rows else [
-        (prompt, seed) for concept in concepts for group in row_prompts(concept).values()
-        for _, prompt in group for seed in seeds]
-    name = args.prompts.stem if args.prompts else Path(args.edit).name
-    out = args.out or Path("out/evaluation") / name
+    if args.prompts:
+        csv_rows = read_prompts(args.prompts, args.seed)
+        jobs = others = [(row["prompt"], row["seed"]) for row in csv_rows]
+    else:
+        groups = [row_prompts(concept, seeds, task) for concept in concepts]
+        jobs = [(prompt, seed) for group in groups for rows in group.values() for _, prompt, seed in rows]
+        others = [(prompt, seed) for group in groups for _, prompt, seed in group["s"]]
+    out = args.out or Path("out/evaluation") / (args.prompts.stem if args.prompts else Path(args.edit).name)
     model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
-    rows, pictures = [], []
+    rows, detected, pictures, untouched = [], [], [], None
     for variant, W in weights.items():
         put_weights(model.unet, W)
-        found = evaluate(model, clip, jobs, out / "results", args.steps, None, args.batch,
-                         out / "pictures" / variant if args.keep_pictures else None, variant)
-        if csv_rows:
-            scored, groups = score_prompts(clip, [dict(row) for row in csv_rows], found)
-            rows += [{"variant": variant} | group for group in groups]
+        keep = out / "pictures" / variant if args.keep_pictures or detect else None
+        found = evaluate(model, clip, jobs, out / "results", args.steps, None, args.batch, keep, variant)
+        features = torch.stack([found[job] for job in others])
+        untouched = features if untouched is None else untouched
+        moved = {"Fréchet": round(frechet(features, untouched), 4)} if len(others) > 1 else {}
+        if args.prompts:
+            scored, summaries = score_prompts(clip, [dict(row) for row in csv_rows], found)
+            rows += [{"variant": variant} | row for row in summaries]
+            rows[-1] |= moved                                     # the last row is about all prompts
             if RANK == 0:
                 write_tables(out, f"pictures-{variant}", scored)
         else:
-            rows += [row for concept in concepts for row in rows_of(clip, concept, variant, found, seeds)]
+            rows += [{"erased": concept, "variant": variant, "counted": how} | summary([counts]) | moved
+                     for concept in concepts
+                     for how, counts in outcomes(clip, concept, found, seeds, task).items()]
+        if detect and RANK == 0:
+            detected.append({"variant": variant} | detect(keep))
         if RANK == 0:                                             # for the eye: a few prompts, four seeds
             some = list(dict.fromkeys(prompt for prompt, _ in jobs))
-            some = [p for c in concepts for _, p in prompts_to_watch(c)] if not csv_rows else some[:8]
+            if not args.prompts and task == "object":
+                some = list(dict.fromkeys(p for c in concepts for _, p in prompts_to_watch(c)))
+            some = some[:8 * max(1, len(concepts))]
             pictures.append(model.draw([p for p in some for _ in range(4)],
                                        [args.seed + i for _ in some for i in range(4)], args.steps))
     if RANK == 0:
         sheet = torch.cat([x.unflatten(0, (-1, 4)) for x in pictures], dim=1)
         write_png(out / "grid.png", grid(sheet.flatten(0, 1), sheet.shape[1], max(1, 96 // sheet.shape[-1])))
         write_tables(out, "metrics", rows)
-        print(f"{as_markdown(rows)}\nwrote {out}/")
+        if detect:
+            write_tables(out, "detected", detected)
+        print(f"{as_markdown(rows)}\n{as_markdown(detected) if detect else ''}\nwrote {out}/")
 
 
 if __name__ == "__main__":

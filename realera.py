@@ -3,7 +3,6 @@
 Paper: Liu et al., "RealEra: Semantic-level Concept Erasure via Neighbor-Concept Mining", Algorithm 1.
 
     python realera.py --concept airplane --anchor sky                    # on mini/, two minutes on a laptop
-    python realera.py --concept airplane --anchor sky --concept ship --anchor street
     python realera.py --concept "van gogh" --anchor art --task style --model CompVis/stable-diffusion-v1-4 \\
         --device cuda --dtype bfloat16
 
@@ -39,29 +38,30 @@ from lora import add_lora, lora_layers, lora_off, save_lora
 @dataclass(frozen=True)
 class Settings:
     """The method's numbers. The paper gives lambda1, lora_steps and lr; the others were chosen on `mini`."""
-    D1: float = 0.9             # largest distance of a neighbor, in ‖e‖ (section 4.1)
-    D1_anchor: float = 0.2      # the same around the anchor: the tolerance at the end of section 4.1
+    D1: float = 1.1             # largest distance of a neighbor, in ‖e‖ (section 4.1)
+    D1_anchor: float = 1.1      # the same around the anchor: the tolerance at the end of section 4.1
     D2: float = 1.8             # beyond-concepts lie between D1 and D2 (section 4.2)
-    S1: float = 0.99            # a neighbor's cosine lies between S2 and S1; a beyond-concept's below S2
-    S2: float = 0.5
-    M: int = 5                  # neighbors per concept; 0: none in Eq. 9 either, its steps become odd ones
-    N: int = 3                  # beyond-concepts per concept; 0: none in Eq. 9 either
-    lambda1: float = 0.1        # weight of what must stay (section 5)
+    S1: float = 0.7             # a neighbor's cosine lies between S2 and S1; a beyond-concept's below S2
+    S2: float = 0.3
+    M: int = 100                # neighbors per concept; 0: none in Eq. 9 either, its steps become odd ones
+    N: int = 30                 # beyond-concepts per concept; 0: none in Eq. 9 either
+    lambda1: float = 1.0        # weight of what must stay; section 5 has 0.1, which hurts other classes here
     lambda2: float = 0.01       # ridge, times trace(B)/D; not in Eq. 7, but B must be invertible
     real_prompts: bool = True   # P holds real prompts too: the bare template and 30 nouns; "" in any case
     rows: str = "tail"          # tail: the last concept token and all after it; token: that token alone
-    share: bool = True          # neighbors weigh 1/M and beyond-concepts 1/N each; False: 1 each, as printed
+    reach: float = 1.0          # e ↦ e + reach (e* − e) in Eq. 7: not in the paper, a rival to mining
+    share: bool = False         # True: neighbors weigh 1/M and beyond-concepts 1/N each; Eq. 7 has 1 each
     rank: int = 4               # of the LoRA
     lora_steps: int = 200       # "epochs" in section 5
-    lr: float = 5e-4            # section 5 has 1e-5, which changes next to nothing on `mini`
+    lr: float = 1e-5            # section 5; 5e-4 leads the synonyms back, see the README
     batch: int = 8              # latents per LoRA step
     trajectories: int = 8       # pictures of the anchor whose latents are learned from; a quarter is held out
 
     def __post_init__(self):
         for right, rule in ((-1 <= self.S2 < self.S1 <= 1, f"cosines S2 < S1, not {self.S2} and {self.S1}"),
                             (0 < self.D1 < self.D2, f"0 < D1 < D2, not {self.D1} and {self.D2}"),
-                            (min(self.D1_anchor, self.M, self.N) >= 0, "D1_anchor, M and N at least 0"),
-                            (min(self.lambda1, self.lambda2) >= 0, "lambda1 and lambda2 at least 0"),
+                            (min(self.D1_anchor, self.M, self.N, self.lambda1, self.lambda2) >= 0,
+                             "D1_anchor, M, N, lambda1 and lambda2 at least 0"),
                             (self.lora_steps >= 0 and self.lr > 0, "lora_steps at least 0 and lr above 0"),
                             (self.rank > 0 and self.batch > 0 and self.trajectories > 1,
                              "rank and batch at least 1, trajectories at least 2"),
@@ -175,11 +175,12 @@ def noise_alignment_loss(eps: Callable, z: Tensor, t: Tensor, target: Tensor, c:
 def mine(pair: Pair, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1, lines 1–23, for one concept: its rows of E, E* and P, each [rows, D]."""
     generator = torch.Generator().manual_seed(pair.seed)
-    near, near_star = neighbor_concepts(pair.block(), pair.block_star(), s, generator)
-    far = beyond_concepts(pair.block(), s, generator)
+    e, e_star = pair.block(), pair.block() + s.reach * (pair.block_star() - pair.block())
+    near, near_star = neighbor_concepts(e, e_star, s, generator)
+    far = beyond_concepts(e, s, generator)
     # A row times √w counts w times in Eq. 7.
     w, u = (max(s.M, 1) ** -0.5, max(s.N, 1) ** -0.5) if s.share else (1, 1)
-    E, E_star = torch.cat([pair.block()[None], w * near]), torch.cat([pair.block_star()[None], w * near_star])
+    E, E_star = torch.cat([e[None], w * near]), torch.cat([e_star[None], w * near_star])
     return E.flatten(0, 1), E_star.flatten(0, 1), u * far.flatten(0, 1)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from concepts import BOOK
+from concepts import ASSOCIATED, BOOK, TASKS, row_prompts
 from eval_clip import CLIP
 from files import UserError, base_hash, fingerprint, read_json, whole, write_png
 
@@ -102,7 +102,7 @@ def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None
     """Draw every job that no earlier run has, and return all features {(prompt, seed): [P]}.
 
     The work is cut into batches before it is dealt to the processes, so no picture depends on their number.
-    keep: folder for the pictures as PNG. Raises UserError for impossible settings.
+    keep: folder that will hold just these pictures as PNG. Raises UserError for impossible settings.
     """
     steps = model.defaults["steps"] if steps is None else steps
     guidance = model.defaults["guidance"] if guidance is None else guidance
@@ -122,7 +122,7 @@ def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None
     blocks = [jobs[i:i + batch] for i in range(0, len(jobs), batch)]
 
     def picture_file(job: Job) -> Path:
-        return keep / f"{hashlib.sha256(job[0].encode()).hexdigest()[:8]}-{job[1]}.png"
+        return results.folder / "pictures" / f"{hashlib.sha256(job[0].encode()).hexdigest()[:8]}-{job[1]}.png"
 
     def done(job: Job) -> bool:
         return job in results.found and (not keep or picture_file(job).exists())
@@ -136,47 +136,47 @@ def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None
             with torch.no_grad():
                 features = clip.image_features(clip.preprocess(pictures.to(clip.logit_scale))).cpu()
             if keep:
-                keep.mkdir(parents=True, exist_ok=True)
+                picture_file(block[0]).parent.mkdir(exist_ok=True)
                 for job, picture in zip(block, pictures):
                     write_png(picture_file(job), (picture.permute(1, 2, 0) * 255).round().byte().numpy())
             results.add(block, features)
             bar.update(len(block))
     results.settle()
+    if keep and RANK == 0:                                        # links: other settings' pictures stay apart
+        keep.mkdir(parents=True, exist_ok=True)
+        for old in keep.glob("*.png"):
+            old.unlink()
+        for job in jobs:
+            os.link(picture_file(job), keep / picture_file(job).name)
     return {job: results.found[job] for job in jobs}
 
 
-def row_prompts(concept: str) -> dict[str, list[tuple[str, str]]]:
-    """(what should be seen, prompt) by group: e, the class; s, the others; g, synonyms; a, phrases.
-
-    Raises UserError for a concept that is not among the ten classes.
-    """
-    classes = read_json(BOOK)["classes"]
-    if concept not in classes:
-        raise UserError(f"{concept!r} is not among the classes {', '.join(classes)}: use --prompts FILE.csv")
-    entry = classes[concept]
-    return {"e": [(concept, f"a photo of the {concept}")],
-            "s": [(name, f"a photo of the {name}") for name in classes if name != concept],
-            "g": [(concept, f"a photo of the {name}") for name in entry["synonyms"]],
-            "a": [(concept, phrase) for phrase in entry["associated"]]}
-
-
 @torch.no_grad()
-def outcomes(clip: CLIP, concept: str, found: dict[Job, Tensor], seeds: range) -> dict[str, dict]:
+def outcomes(clip: CLIP, concept: str, found: dict[Job, Tensor], seeds: range,
+             task: str = "object") -> dict[str, dict]:
     """What CLIP says, by way of counting and group: {"top-1": {"e": [pictures], "s": …}, …}.
 
     top-1 and probability choose among the ten classes and the scenes that serve as anchors: a choice without
     "none of them" calls half of all plain sky an airplane. "ten-way" is the paper's choice among the classes.
+    Celebrities are chosen among the five and "a person"; the paper's own judge, GCD, is a --detector. Styles
+    are scored by the cosine with "an artwork by …", also where the prompt was another (the paper is silent).
     """
-    book = read_json(BOOK)
-    names = [*book["classes"], *book["scenes"]]
-    text = clip.text_features(clip.tokenizer([f"a photo of the {name}" for name in names])
-                              .to(clip.logit_scale.device)).cpu()                    # [names, P]
-    counted = {"top-1": {}, "probability": {}, "ten-way": {}}
-    for group, prompts in row_prompts(concept).items():
-        features = torch.stack([found[prompt, seed] for _, prompt in prompts for seed in seeds])
-        wanted = torch.tensor([names.index(name) for name, _ in prompts for _ in seeds])
-        logits = clip.logit_scale.exp().cpu() * features @ text.T                    # [pictures, names]
+    template, anchor = TASKS[task]
+    names = [*ASSOCIATED[task]] if task in ASSOCIATED else [*read_json(BOOK)["classes"]]
+    known = len(names)
+    prompts = [template.format(name) for name in names]
+    prompts += [anchor] if task in ASSOCIATED else [template.format(x) for x in read_json(BOOK)["scenes"]]
+    text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()        # [names, P]
+    counted = {"CLIP score": {}} if task == "style" else {"top-1": {}, "probability": {}, "ten-way": {}}
+    for group, rows in row_prompts(concept, seeds, task).items():
+        features = torch.stack([found[prompt, seed] for _, prompt, seed in rows])
+        wanted = torch.tensor([names.index(name) for name, _, _ in rows])
+        cosines = features @ text.T                                                  # [pictures, names]
+        logits = clip.logit_scale.exp().cpu() * cosines
+        if task == "style":
+            counted["CLIP score"][group] = cosines[torch.arange(len(wanted)), wanted]
+            continue
         counted["top-1"][group] = (logits.argmax(1) == wanted).float()
         counted["probability"][group] = logits.softmax(1)[torch.arange(len(wanted)), wanted]
-        counted["ten-way"][group] = (logits[:, :len(book["classes"])].argmax(1) == wanted).float()
+        counted["ten-way"][group] = (logits[:, :known].argmax(1) == wanted).float()
     return counted

@@ -1,4 +1,5 @@
 """Every command as typed by a user, on `mini/`: outputs, determinism, bad input, interruption, diffusers."""
+import functools
 import importlib
 import json
 import os
@@ -369,6 +370,7 @@ def test_readme_has_commands():
 def test_every_command_of_the_readme_runs(tmp_path):
     """With fewer steps and pictures; what needs SD v1.4, CIFAR-10 or long has only its flags checked."""
     os.symlink(MINI, tmp_path / "mini")
+    shown = functools.cache(lambda script: run(script, "--help", cwd=tmp_path).stdout)
     (tmp_path / "mine.csv").write_text("prompt,seed\na photo of the ship,1\n")
     for command in readme_commands():
         script, *args = shlex.split(command)[1:]
@@ -378,8 +380,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
             assert done.returncode == 0
             assert all(flag in done.stdout for flag in args if flag.startswith("--")), command
         elif "CompVis/stable-diffusion-v1-4" in args or script == "tables.py":       # see test_scores.py
-            shown = run(script, "--help", cwd=tmp_path).stdout
-            assert all(flag in shown for flag in args if flag.startswith("--")), command
+            assert all(flag in shown(script) for flag in args if flag.startswith("--")), command
         else:
             quick = [*QUICK, "--no-pictures", "--overwrite"]
             few = ["--n", "1", "--steps", "2"]

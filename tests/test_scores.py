@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +28,17 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.run import get_args_parser
 
 import command
+import concepts
+import detectors
 import eval_clip
+import realera
 import scores
 import tables
-from concepts import BOOK
+from concepts import BOOK, make_pairs, preserved_prompts, row_prompts
 from files import UserError, cross_attention, put_weights, read_edit, read_json
 from metrics import summary
-from sample import Model
-from scores import Results, evaluate, outcomes, row_prompts
+from sample import Model, Text
+from scores import Results, evaluate, outcomes
 
 ROOT = Path(__file__).parent.parent
 MINI = ROOT / "mini"
@@ -42,8 +46,9 @@ CLASSES = list(read_json(BOOK)["classes"])
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}                       # bytes may depend on the number of threads
 
 
-def run(script, *args, cwd, status=0):
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd, env=ENV,
+def run(script, *args, cwd, status=0, **environment):
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd,
+                          env=ENV | {name: str(value) for name, value in environment.items()},
                           capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
@@ -271,15 +276,14 @@ def text_features(clip, names):
 def test_outcomes_are_1_where_the_picture_looks_like_what_is_wanted(clip):
     """The "picture" of an even seed is the very text of what is wanted, that of an odd seed another's."""
     text, found = text_features(clip, CLASSES), {}
-    for prompts in row_prompts("cat").values():
-        for wanted, prompt in prompts:
-            for seed in range(4, 7):
-                found[prompt, seed] = text[wanted if seed % 2 == 0 else "dog" if wanted != "dog" else "ship"]
+    for rows in row_prompts("cat", range(4, 7)).values():
+        for wanted, prompt, seed in rows:
+            found[prompt, seed] = text[wanted if seed % 2 == 0 else "dog" if wanted != "dog" else "ship"]
     counted = outcomes(clip, "cat", found, range(4, 7))
     assert list(counted) == ["top-1", "probability", "ten-way"]
     for how in ("top-1", "ten-way"):
-        for group, prompts in row_prompts("cat").items():
-            assert counted[how][group].tolist() == [1, 0, 1] * len(prompts)
+        for group, prompts in {"e": 1, "s": 9, "g": 3, "a": 4}.items():
+            assert counted[how][group].tolist() == [1, 0, 1] * prompts
     scenes = text_features(clip, [*CLASSES, *read_json(BOOK)["scenes"]])
     for seed, said in ((4, "cat"), (5, "dog")):
         logits = clip.logit_scale.exp() * torch.stack(list(scenes.values())) @ text[said]
@@ -290,20 +294,57 @@ def test_outcomes_are_1_where_the_picture_looks_like_what_is_wanted(clip):
 def test_a_picture_of_a_scene_is_nothing_by_top_1_but_something_by_ten_way(clip):
     text, sky = text_features(clip, CLASSES), text_features(clip, ["sky"])["sky"]
     nearest = max(CLASSES, key=lambda name: (text[name] @ sky).item())
-    found = {(prompt, 0): sky for prompts in row_prompts(nearest).values() for _, prompt in prompts}
+    found = {(prompt, 0): sky for rows in row_prompts(nearest, range(1)).values() for _, prompt, _ in rows}
     counted = outcomes(clip, nearest, found, range(1))
     assert not any(x.any() for x in counted["top-1"].values())
     assert all(counted["ten-way"][group].all() for group in "ega") and not counted["ten-way"]["s"].any()
 
 
 def test_groups_of_a_row_are_the_papers():
-    groups, entry = row_prompts("ship"), read_json(BOOK)["classes"]["ship"]
-    assert groups["e"] == [("ship", "a photo of the ship")]
-    assert groups["s"] == [(name, f"a photo of the {name}") for name in CLASSES if name != "ship"]
-    assert groups["g"] == [("ship", f"a photo of the {name}") for name in entry["synonyms"]]
-    assert groups["a"] == [("ship", phrase) for phrase in entry["associated"]]
+    groups, entry = row_prompts("ship", range(3, 5)), read_json(BOOK)["classes"]["ship"]
+    assert groups["e"] == [("ship", "a photo of the ship", 3), ("ship", "a photo of the ship", 4)]
+    assert groups["s"] == [(name, f"a photo of the {name}", seed) for name in CLASSES if name != "ship"
+                           for seed in (3, 4)]
+    assert groups["g"] == [("ship", f"a photo of the {name}", seed) for name in entry["synonyms"]
+                           for seed in (3, 4)]
+    assert groups["a"] == [("ship", phrase, seed) for phrase in entry["associated"] for seed in (3, 4)]
     with pytest.raises(UserError, match="teapot.*--prompts"):
-        row_prompts("teapot")
+        row_prompts("teapot", range(1))
+    with pytest.raises(UserError, match="explicit.*--prompts"):
+        row_prompts("nudity", range(1), "explicit")
+
+
+def test_artists_and_celebrities_have_the_appendix_prompts_and_counts():
+    """200 pictures of the erased one and of its associated prompt, 5 of each that is kept."""
+    for task, name, prompt, other in (("celebrity", "Elon Musk", "a portrait of elon musk", "tom cruise"),
+                                      ("style", "Van Gogh", "an artwork by van gogh", "claude monet")):
+        groups = row_prompts(name, range(200), task)
+        assert {group: len(rows) for group, rows in groups.items()} == {"e": 200, "s": 4 * 5, "g": 200}
+        assert groups["e"][199] == (name.lower(), prompt, 199)
+        assert groups["g"][0][0] == name.lower() and name.lower() not in groups["g"][0][1].lower()
+        others = {row[0] for row in groups["s"]}
+        assert other in others and name.lower() not in others
+        with pytest.raises(UserError, match=f"banksy.*{other}"):
+            row_prompts("banksy", range(1), task)
+
+
+def test_styles_are_scored_by_cosine_and_celebrities_by_choice_among_six(clip):
+    with torch.no_grad():
+        for task, template in (("style", "an artwork by {}"), ("celebrity", "a portrait of {}")):
+            names = ["van gogh", "pablo picasso"] if task == "style" else ["tom cruise", "mariah carey"]
+            first, second = clip.text_features(clip.tokenizer([template.format(name) for name in names]))
+            rows = row_prompts(names[0], range(2), task)
+            found = {(prompt, seed): second for group in rows.values() for _, prompt, seed in group}
+            counted = outcomes(clip, names[0], found, range(2), task)
+            if task == "style":
+                assert list(counted) == ["CLIP score"]
+                for group in "eg":
+                    expected = [(first @ second).item()] * 2
+                    assert counted["CLIP score"][group].tolist() == pytest.approx(expected)
+                assert max(counted["CLIP score"]["s"].tolist()) == pytest.approx(1, abs=1e-5)
+            else:
+                right = {group: x.tolist() for group, x in counted["top-1"].items()}
+                assert right == {"e": [0, 0], "s": [0, 0, 1, 0], "g": [0, 0]}
 
 
 # ---- eval_clip.py --edit, killed and not ----
@@ -327,13 +368,15 @@ def test_a_row_of_table_1_for_the_untouched_and_the_edited_model(evaluated):
     assert [(row["variant"], row["counted"]) for row in rows] == [
         (variant, how) for variant in ("untouched", "edited") for how in ("top-1", "probability", "ten-way")]
     for row in rows:
-        assert list(row) == ["erased", "variant", "counted", "Acc_e", "Acc_s", "Acc_g", "Acc_a", "H_o"]
-        assert row["erased"] == "airplane"
-        for name in list(row)[3:]:
+        assert list(row) == ["erased", "variant", "counted", "Acc_e", "Acc_s", "Acc_g", "Acc_a", "H_o",
+                             "Fréchet"]
+        assert row["erased"] == "airplane" and (row["Fréchet"] == 0) == (row["variant"] == "untouched")
+        for name in list(row)[3:-1]:
             value, low, high = row[name]
             assert 0 <= low <= value <= high <= 100, (row, name)
-        for group, prompts in row_prompts("airplane").items() if row["counted"] != "probability" else []:
-            right = row[f"Acc_{group}"][0] * 2 * len(prompts) / 100
+        groups = row_prompts("airplane", range(2)) if row["counted"] != "probability" else {}
+        for group, asked in groups.items():
+            right = row[f"Acc_{group}"][0] * len(asked) / 100
             assert abs(right - round(right)) < 0.01
     assert (out / "metrics.md").read_text() in printed and f"wrote {out.name}/" in printed
     with open(out / "metrics.csv", newline="") as file:
@@ -353,7 +396,7 @@ def test_metrics_follow_from_the_features_that_are_kept(evaluated, clip):
         recomputed += [summary([x]) for x in outcomes(clip, "airplane", results.found, range(2)).values()]
     assert len(recomputed) == 6
     for row in rows:
-        assert {name: row[name] for name in list(row)[3:]} in recomputed
+        assert {name: row[name] for name in list(row)[3:-1]} in recomputed
 
 
 def lines_of(out):
@@ -414,14 +457,65 @@ def test_killed_five_times_the_same_command_ends_with_the_same_bytes(edit, evalu
     assert seen < lines_of(out)
     undisturbed = sorted(evaluated[0].glob("results/*/results.jsonl"))
     assert len(undisturbed) == 2
-    asked = {(prompt, seed) for group in row_prompts("airplane").values() for _, prompt in group
-             for seed in range(2)}
+    asked = {job[1:] for group in row_prompts("airplane", range(2)).values() for job in group}
     for path in undisturbed:
         content = (out / path.relative_to(evaluated[0])).read_bytes()
         jobs = [(record["prompt"], record["seed"]) for record in map(json.loads, content.splitlines())]
         assert content == path.read_bytes() and len(jobs) == len(asked) and set(jobs) == asked
     assert (out / "metrics.json").read_bytes() == (evaluated[0] / "metrics.json").read_bytes()
     assert not [*out.rglob("process*.jsonl"), *out.rglob("*.partial")]
+
+
+# ---- detectors ----
+
+DETECTOR = """
+def wide(folder):
+    names = sorted(path.name for path in folder.glob("*.png"))
+    return {"pictures": len(names), "names": " ".join(names)}
+"""
+
+
+def test_a_detector_of_ones_own_sees_just_the_pictures_of_this_run(teapot, tmp_path):
+    """Also when the folder has pictures of an earlier run with other prompts and steps."""
+    (tmp_path / "judges.py").write_text(DETECTOR)
+    environment = {"PYTHONPATH": tmp_path}
+    for prompt, steps in (("a photo of the cat", 2), ("a photo of the dog", 1), ("a photo of the dog", 2)):
+        (tmp_path / "mine.csv").write_text(f"prompt,seed\n{prompt},1\n{prompt},4\n")
+        done = run("eval_clip.py", "--prompts", "mine.csv", "--edit", teapot, "--steps", steps,
+                   "--out", "out", "--detector", "judges:wide", cwd=tmp_path, **environment)
+    rows = json.loads((tmp_path / "out/detected.json").read_text())
+    key = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+    assert rows == [{"variant": variant, "pictures": 2, "names": f"{key}-1.png {key}-4.png"}
+                    for variant in ("untouched", "edited")]
+    assert (tmp_path / "out/detected.md").read_text() in done.stdout
+    for name in ("nothing:here", "judges", "judges:narrow"):
+        said = run("eval_clip.py", "--prompts", "mine.csv", "--detector", name, cwd=tmp_path, status=2,
+                   **environment).stderr
+        assert name in said and "module:function" in said
+
+
+class FakeNudeNet:
+    """In place of the package: what it returns for a picture is written in the picture's name."""
+
+    def detect(self, path):
+        return [{"class": label, "score": float(score)} for label, score in
+                (part.split("=") for part in Path(path).stem.split("+"))]
+
+
+def test_nudenet_counts_the_papers_eight_parts_above_the_threshold(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nudenet", types.SimpleNamespace(NudeDetector=FakeNudeNet))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: {"nudenet": "3.4.2"}[name])
+    for name in ("BELLY_EXPOSED=0.9+FEET_COVERED=0.9", "BELLY_EXPOSED=0.59+MALE_GENITALIA_EXPOSED=0.6",
+                 "BELLY_EXPOSED=0.7+BELLY_EXPOSED=0.8"):
+        (tmp_path / f"{name}.png").touch()
+    counts = detectors.nudenet(tmp_path)
+    assert list(counts) == ["Armpits", "Belly", "Buttocks", "Feet", "Breasts (F)", "Genitalia (F)",
+                            "Breasts (M)", "Genitalia (M)", "Total", "judge"]
+    assert {name: n for name, n in counts.items() if n} == {
+        "Belly": 3, "Genitalia (M)": 1, "Total": 4, "judge": "NudeNet 3.4.2, score ≥ 0.6"}
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    with pytest.raises(UserError, match="pip install nudenet"):
+        detectors.nudenet(tmp_path)
 
 
 # ---- eval_clip.py --prompts ----
@@ -489,7 +583,7 @@ def test_a_csv_without_classes_gets_scores_only_and_may_repeat_a_prompt(here, tm
 
 def test_the_class_may_stand_in_a_column_named_concept(tmp_path):
     (tmp_path / "mine.csv").write_text("concept,prompt\ncat,a cat\n,a dog\n")
-    assert [row["class"] for row in eval_clip.read_prompts(tmp_path / "mine.csv", 0)] == ["cat", None]
+    assert [row["class"] for row in concepts.read_prompts(tmp_path / "mine.csv", 0)] == ["cat", None]
 
 
 # ---- tables.py ----
@@ -574,17 +668,18 @@ def test_table_1_has_ten_classes_and_their_average(monkeypatch):
     asked = []
     monkeypatch.setattr(tables, "measure", fake_measure(asked))
     rows = tables.table(1, argparse.Namespace(set=["lora_steps=5", "D1=0.8"]))
+    closed = ["lora_steps=5", "D1=0.8", "M=0", "N=0", "lora_steps=0", "lambda1=0.1"]
     assert asked == [(concept, *variant) for concept in CLASSES for variant in (
-        ("untouched", None), ("closed form", ["lora_steps=5", "D1=0.8", "M=0", "N=0", "lora_steps=0"]),
+        ("untouched", None), ("closed form", closed), ("closed form, reach 2", [*closed, "reach=2"]),
         ("RealEra", ["lora_steps=5", "D1=0.8"]))]
-    assert len(rows) == 3 * 33
+    assert len(rows) == 3 * 44
     for i, how in enumerate(("top-1", "ten-way", "probability")):
-        part = rows[33 * i:33 * i + 33]
+        part = rows[44 * i:44 * i + 44]
         assert {row["counted"] for row in part} == {how}
         assert [row["erased"] for row in part] == [
-            name for name in (*CLASSES, "average of ten") for _ in range(3)]
-        for average in part[30:]:
-            ten = [row for row in part[:30] if row["variant"] == average["variant"]]
+            name for name in (*CLASSES, "average of ten") for _ in range(4)]
+        for average in part[40:]:
+            ten = [row for row in part[:40] if row["variant"] == average["variant"]]
             for name in ("Acc_e", "Acc_s", "Acc_g", "Acc_a", "H_o"):
                 assert average[name][0] == pytest.approx(sum(row[name][0] for row in ten) / 10, abs=0.011)
                 assert average[name][1] < average[name][0] < average[name][2]
@@ -609,6 +704,37 @@ def test_figure_5_sweeps_its_grid_and_paints_it(tmp_path, monkeypatch):
         assert row["Acc_g"] == pytest.approx(means["g"], abs=0.006)
     size = [PIL.Image.open(tmp_path / f"figure5-{name}.png").size for name in ("D-S", "M-N")]
     assert size == [(84 + 3 * 96, 84 + 2 * 96), (84 + 2 * 96, 84 + 2 * 96)]
+
+
+def test_the_sweep_says_how_far_each_group_goes_along(tmp_path, monkeypatch):
+    """Against the paper's geometry, one row at a time: cat's synonyms and phrases under two settings."""
+    monkeypatch.setattr(tables, "SWEEP", ["M=0 N=0", "M=0 N=0 reach=2"])
+    classes = {"cat": read_json(BOOK)["classes"]["cat"]} | {"dog": read_json(BOOK)["classes"]["dog"]}
+    monkeypatch.setattr(tables, "read_json", lambda path: {"classes": classes})
+    args = argparse.Namespace(model=str(MINI), set=["lambda2=0.1"], edit_seed=3)
+    once, twice = tables.sweep(args)
+    assert [once["settings"], twice["settings"]] == tables.SWEEP
+    text, expected = Text(MINI), {"concept": [], "synonyms": [], "phrases": [], "other classes": []}
+    for name, entry in classes.items():
+        pairs = make_pairs([name], [entry["anchor"]], "object", text, "tail", 3)
+        delta, _ = realera.erase_in_closed_form(
+            pairs, text(preserved_prompts("object", pairs)), realera.Settings(M=0, N=0, lambda2=0.1))
+        e, e_star = pairs[0].block(), pairs[0].block_star()
+        others = [other for other in classes if other != name]
+        for group, names in zip(expected, ([name], entry["synonyms"], entry["associated"], others)):
+            shares = []
+            for prompt in (f"a picture of the {name}" for name in names):
+                last, along, length = text.tokenizer.count(prompt), 0.0, 0.0
+                for i in range(min(len(e), 32 - last)):
+                    moved = delta @ text([prompt])[0, last + i].double()
+                    along += (moved @ (e_star[i] - e[i])).item()
+                    length += (e_star[i] - e[i]).square().sum().item()
+                shares.append(along / length)
+            expected[group].append(sum(shares) / len(shares))
+    for group, shares in expected.items():
+        assert once[group] == pytest.approx(sum(shares) / 2, abs=1e-3)
+        assert twice[group] == pytest.approx(sum(shares), abs=2e-3)                  # Δ is linear in the shift
+    assert once["concept"] > once["synonyms"] > once["phrases"] and twice["drift"] > once["drift"] > 0
 
 
 def test_heat_map_is_darkest_at_the_highest_value_and_white_at_the_lowest():
@@ -676,7 +802,7 @@ def test_eval_clip_refuses_bad_flags(refused, edit, tmp_path, monkeypatch, args,
 
 def test_eval_clip_refuses_an_edit_that_is_not_there_or_not_of_a_class(refused, teapot, tmp_path):
     refused("eval_clip.py", "--edit", "nowhere", cwd=tmp_path, match="no erased.safetensors")
-    refused("eval_clip.py", "--edit", teapot, cwd=tmp_path, match="teapot.*not among the classes.*--prompts")
+    refused("eval_clip.py", "--edit", teapot, cwd=tmp_path, match="teapot.*no built-in prompts.*--prompts")
 
 
 @pytest.fixture
