@@ -92,13 +92,31 @@ def preserved_prompts(task: str, pairs: list[Pair]) -> list[str]:
     return list(dict.fromkeys(["", TASKS[task][0].format("").strip(), *nouns]))
 
 
+def movement(delta: Tensor, prompts: list[str], text) -> list[float]:
+    """‖Δe‖/‖e‖ over all T rows of each prompt: how far W = W₀ (I + Δ) moves what the U-Net sees of it."""
+    return [((e @ delta.T).norm() / e.norm()).item() for e in text(prompts).double().cpu()]
+
+
+def preview(path: Path, delta: Tensor, text) -> None:
+    """Print the prompts of a text file, one a line, the most moved first. Raises UserError if it has none."""
+    try:
+        prompts = list(dict.fromkeys(filter(None, map(str.strip, path.read_text("utf-8").splitlines()))))
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
+        raise UserError(f"--preview {path} is not a text file in UTF-8") from None
+    if not prompts:
+        raise UserError(f"--preview {path} holds no prompt")
+    print("‖Δe‖/‖e‖  prompt")
+    for moved, prompt in sorted(zip(movement(delta, prompts, text), prompts), reverse=True):
+        print(f"{moved:8.3f}  {prompt}")
+
+
 def drifts(delta: Tensor, pairs: list[Pair], text) -> dict[str, float]:
     """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and the median over 30 nouns not in P."""
     classes = read_json(BOOK)["classes"]
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
     named |= {word for name in named & classes.keys() for word in classes[name]["synonyms"]}
-    rows = text(["", *(f"a photo of the {noun}" for noun in UNRELATED if noun not in named)]).double().cpu()
-    moved = [((e @ delta.T).norm() / e.norm()).item() for e in rows]
+    nouns = [noun for noun in UNRELATED if noun not in named]
+    moved = movement(delta, ["", *(f"a photo of the {noun}" for noun in nouns)], text)
     return {'drift of ""': moved[0], "median drift of unrelated prompts": sorted(moved[1:])[len(moved) // 2]}
 
 

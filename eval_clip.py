@@ -2,6 +2,7 @@
 
     python eval_clip.py --edit out/airplane          # a row of the paper's Table 1, and the untouched model's
     python eval_clip.py --edit out/airplane --quick
+    python eval_clip.py --edit out/airplane --edit out/ship          # merged: rows for each concept
     python eval_clip.py --prompts mine.csv --edit out/airplane
 
 The CSV has a column prompt, and may have seed (or evaluation_seed), and class (or concept): what CLIP should
@@ -23,7 +24,7 @@ from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Encoder
 from command import DTYPES, command_line, measuring_args, pick_device
 from concepts import BOOK, prompts_to_watch
 from files import (UserError, about_edit, cross_attention, grid, load_network, model_folder, put_weights,
-                   read_config, read_edit, read_json, whole, write_png)
+                   read_config, read_json, whole, write_png)
 from lora import lora_off
 from metrics import as_csv, as_markdown, bootstrap, summary, wilson
 
@@ -262,27 +263,30 @@ def score_prompts(clip: CLIP, rows: list[dict], found) -> tuple[list[dict], list
 
 
 def main() -> None:
+    from merge import edited_weights
     from sample import Model
     from scores import RANK, evaluate, row_prompts
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edit", help="an edit folder of realera.py, such as out/airplane")
+    parser.add_argument("--edit", action="append", default=[],
+                        help="an edit folder of realera.py, such as out/airplane; several are merged")
     parser.add_argument("--prompts", type=Path, help="CSV of your own prompts")
     args = measuring_args(parser)
     if not args.edit and not args.prompts:
         raise UserError("give --edit out/NAME, --prompts FILE.csv, or both")
     device, folder = pick_device(args.device), model_folder(args.model)
-    concepts = about_edit(args.edit).get("concepts", []) if args.edit else []
-    W0 = cross_attention(folder)
-    weights = {"untouched": W0} | ({"edited": read_edit(args.edit, folder)} if args.edit else {})
+    concepts = [concept for edit in args.edit for concept in about_edit(edit).get("concepts", [])]
     csv_rows = read_prompts(args.prompts, args.seed) if args.prompts else None
     seeds = range(args.seed, args.seed + args.n)
     jobs = [(row["prompt"], row["seed"]) for row in csv_rows] if csv_rows else [
         (prompt, seed) for concept in concepts for group in row_prompts(concept).values()
         for _, prompt in group for seed in seeds]
-    name = args.prompts.stem if args.prompts else Path(args.edit).name
+    name = args.prompts.stem if args.prompts else "+".join(sorted(Path(edit).name for edit in args.edit))
     out = args.out or Path("out/evaluation") / name
     model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
+    weights = {"untouched": cross_attention(folder)}
+    if args.edit:
+        weights["edited"] = edited_weights(args.edit, folder, model.text)
     rows, pictures = [], []
     for variant, W in weights.items():
         put_weights(model.unet, W)
