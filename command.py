@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from concepts import TASKS
-from files import MINI, UserError, base_hash, write_edit, write_png
+from files import MINI, UserError, base_hash, model_folder, refuse_existing, write_edit, write_png
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,6 +47,10 @@ def erasing_args(doc: str, settings_class, own: dict[str, str]) -> argparse.Name
     parser.add_argument("--model", default=MINI, help="folder or hub id (default: mini)")
     parser.add_argument("--out", type=Path, help="edit folder to write (default: out/<concept>)")
     parser.add_argument("--overwrite", action="store_true", help="replace the edit folder if it exists")
+    parser.add_argument("--export", type=Path, help="also write a whole pipeline folder for diffusers")
+    parser.add_argument("--export-lora", type=int, metavar="RANK", help="also write the edit as a LoRA")
+    parser.add_argument("--preview", type=Path, metavar="FILE",
+                        help="only print how far the closed form moves each line of a text file")
     parser.add_argument("--n", type=int, default=4, help="pictures per prompt, before and after (default 4)")
     parser.add_argument("--no-pictures", action="store_true", help="only write the edit")
     parser.add_argument("--seed", type=int, default=0, help="of mining, LoRA and pictures (default 0)")
@@ -60,6 +64,20 @@ def erasing_args(doc: str, settings_class, own: dict[str, str]) -> argparse.Name
     args = parser.parse_args()
     if args.n < 1:
         raise UserError("--n must be at least 1; --no-pictures draws none")
+    if args.export_lora is not None and args.export_lora < 1:
+        raise UserError("--export-lora is a rank: at least 1")
+    args.out = args.out or edit_name(args.concept)
+    if args.preview:
+        if args.export or args.export_lora:
+            raise UserError("--preview writes nothing: leave out --export and --export-lora")
+        return args
+    if not args.overwrite:                                        # say so now, not after minutes
+        refuse_existing(args.out)
+    if args.export:
+        refuse_existing(args.export, "choose another --export")
+        out, export = args.out.resolve(), args.export.resolve()
+        if out.is_relative_to(export) or export.is_relative_to(out):
+            raise UserError(f"--export {args.export} and the edit folder {args.out} must lie apart")
     return args
 
 
@@ -88,19 +106,37 @@ def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
+def say_numbers(pairs, numbers: dict[str, float]) -> None:
+    """Print cond(B), ‖ΔW‖/‖W‖ and the drifts of an edit, and warn before writing if they are absurd."""
+    for pair in pairs:
+        print(f"{pair.concept} → {pair.anchor or 'nothing'}: {pair.n} of {len(pair.e)} rows")
+    print("closed form: " + ", ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
+    condition, size, *drift = numbers.values()
+    if condition > 1e10 or size > 10 or max(drift) > 0.5:
+        print("warning: this moves far more than the concept; try a larger lambda2", file=sys.stderr)
+
+
 def finish(folder: Path, model, W0: dict, W: dict, pairs, method: dict, report: dict, args, clock) -> None:
-    """Write the edit in the dtype of the model's file, draw before and after, and note it all in run.json."""
+    """Write the edit in the dtype of the model's file, draw before and after, note it all in run.json, and
+    export if asked."""
+    from export import export_pipeline, write_lora                # which imports this file
+    about = method | {"concepts": [p.concept for p in pairs], "anchors": [p.anchor for p in pairs],
+                      "task": args.task, "seed": args.seed, "model": args.model, "base_hash": base_hash(W0)}
+    if args.export_lora:
+        report = report | {"LoRA error": write_lora(folder, W0, W, args.export_lora, about)}
+        clock("LoRA file")
     W = {name: matrix.to(W0[name].dtype) for name, matrix in W.items()}
-    run = method | {"concepts": [pair.concept for pair in pairs], "anchors": [pair.anchor for pair in pairs],
-                    "task": args.task, "seed": args.seed, "model": args.model, "base_hash": base_hash(W0)}
-    write_edit(folder, W, run)
+    write_edit(folder, W, about)
     table = []
     if not args.no_pictures:
         from eval_clip import before_after
         table, picture = before_after(model, W0, W, pairs, args.n, args.seed)
         write_png(folder / "before_after.png", picture)
         clock("pictures")
-    run |= report | {"table": table, "seconds": clock.seconds}
+    if args.export:
+        export_pipeline(args.export, model_folder(args.model), W, about)
+        clock("pipeline folder")
+    run = about | report | {"table": table, "seconds": clock.seconds}
     (folder / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n")
     print(clock)
 

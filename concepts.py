@@ -110,13 +110,31 @@ def preserved_prompts(task: str, pairs: list[Pair]) -> list[str]:
     return list(dict.fromkeys(["", TASKS[task][0].format("").strip(), *nouns]))
 
 
+def movement(delta: Tensor, prompts: list[str], text) -> list[float]:
+    """‖Δe‖/‖e‖ over all T rows of each prompt: how far W = W₀ (I + Δ) moves what the U-Net sees of it."""
+    return [((e @ delta.T).norm() / e.norm()).item() for e in text(prompts).double().cpu()]
+
+
+def preview(path: Path, delta: Tensor, text) -> None:
+    """Print the prompts of a text file, one a line, the most moved first. Raises UserError if it has none."""
+    try:
+        prompts = list(dict.fromkeys(filter(None, map(str.strip, path.read_text("utf-8").splitlines()))))
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
+        raise UserError(f"--preview {path} is not a text file in UTF-8") from None
+    if not prompts:
+        raise UserError(f"--preview {path} holds no prompt")
+    print("‖Δe‖/‖e‖  prompt")
+    for moved, prompt in sorted(zip(movement(delta, prompts, text), prompts), reverse=True):
+        print(f"{moved:8.3f}  {prompt}")
+
+
 def drifts(delta: Tensor, pairs: list[Pair], text) -> dict[str, float]:
     """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and the median over 30 nouns not in P."""
     classes = read_json(BOOK)["classes"]
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
     named |= {word for name in named & classes.keys() for word in classes[name]["synonyms"]}
-    rows = text(["", *(f"a photo of the {noun}" for noun in UNRELATED if noun not in named)]).double().cpu()
-    moved = [((e @ delta.T).norm() / e.norm()).item() for e in rows]
+    nouns = [noun for noun in UNRELATED if noun not in named]
+    moved = movement(delta, ["", *(f"a photo of the {noun}" for noun in nouns)], text)
     return {'drift of ""': moved[0], "median drift of unrelated prompts": sorted(moved[1:])[len(moved) // 2]}
 
 
@@ -131,8 +149,9 @@ def prompts_to_watch(concept: str) -> list[tuple[str, str]]:
             + [(name, f"a photo of the {name}") for name in others])
 
 
-def row_prompts(concept: str, seeds: range, task: str = "object") -> dict[str, list[tuple[str, str, int]]]:
-    """(what should be seen, prompt, seed) by group: e, the concept; s, the others; g, synonyms; a, phrases.
+def row_prompts(concept: str, task: str, seeds: range, erased=()) -> dict[str, list[tuple[str, str, int]]]:
+    """(what should be seen, prompt, seed) by group: e, the concept; s, the others (without what the edit has
+    `erased` beside it); g, synonyms; a, phrases.
 
     Styles and celebrities follow the paper's appendix A.2: g is its one associated prompt, and others are
     drawn 5 times where the concept is drawn 200 times. Its list of others, MACE's 100 names, is not ours to
@@ -144,14 +163,14 @@ def row_prompts(concept: str, seeds: range, task: str = "object") -> dict[str, l
     if name not in known:
         raise UserError(f"{concept!r} ({task}) has no built-in prompts"
                         + f" (there are {', '.join(known)})" * bool(known) + ": use --prompts FILE.csv")
+    others = [other for other in known if other not in {name, *map(str.lower, erased)}]
     if task == "object":
         few, associated = seeds, known[name]["associated"]
         synonyms = [template.format(synonym) for synonym in known[name]["synonyms"]]
     else:
         few, associated, synonyms = seeds[:max(1, len(seeds) // 40)], [], [known[name]]
     groups = {"e": [(name, template.format(name), seed) for seed in seeds],
-              "s": [(other, template.format(other), seed) for other in known if other != name
-                    for seed in few],
+              "s": [(other, template.format(other), seed) for other in others for seed in few],
               "g": [(name, prompt, seed) for prompt in synonyms for seed in seeds],
               "a": [(name, prompt, seed) for prompt in associated for seed in seeds]}
     return {group: rows for group, rows in groups.items() if rows}

@@ -2,6 +2,7 @@
 
     python eval_clip.py --edit out/airplane          # a row of the paper's Table 1, and the untouched model's
     python eval_clip.py --edit out/airplane --quick
+    python eval_clip.py --edit out/airplane --edit out/ship          # merged: rows for each concept
     python eval_clip.py --prompts mine.csv --edit out/airplane
 
 The CSV has a column prompt, and may have seed (or evaluation_seed), and class (or concept): what CLIP should
@@ -23,7 +24,7 @@ from command import DTYPES, command_line, measuring_args, pick_device
 from concepts import BOOK, prompts_to_watch, read_prompts, row_prompts
 from detectors import find_detector
 from files import (UserError, about_edit, cross_attention, grid, load_network, model_folder, put_weights,
-                   read_config, read_edit, read_json, whole, write_png)
+                   read_config, read_json, whole, write_png)
 from lora import lora_off
 from metrics import as_csv, as_markdown, bootstrap, frechet, summary, wilson
 
@@ -227,11 +228,13 @@ def score_prompts(clip: CLIP, rows: list[dict], found) -> tuple[list[dict], list
 
 
 def main() -> None:
+    from merge import edited_weights
     from sample import Model
     from scores import RANK, evaluate, outcomes
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edit", help="an edit folder of realera.py, such as out/airplane")
+    parser.add_argument("--edit", action="append", default=[],
+                        help="an edit folder of realera.py, such as out/airplane; several are merged")
     parser.add_argument("--prompts", type=Path, help="CSV of your own prompts")
     parser.add_argument("--detector", help="nudenet, or module:function: another judge, of the PNGs")
     args = measuring_args(parser)
@@ -239,20 +242,22 @@ def main() -> None:
         raise UserError("give --edit out/NAME, --prompts FILE.csv, or both")
     detect = find_detector(args.detector) if args.detector else None
     device, folder = pick_device(args.device), model_folder(args.model)
-    about = about_edit(args.edit) if args.edit else {}
-    concepts, task = about.get("concepts", []), about.get("task", "object")
-    W0 = cross_attention(folder)
-    weights = {"untouched": W0} | ({"edited": read_edit(args.edit, folder)} if args.edit else {})
-    seeds = range(args.seed, args.seed + args.n)
+    erased = [(concept, about.get("task", "object")) for about in map(about_edit, args.edit)
+              for concept in about.get("concepts", [])]
+    names, seeds = [concept for concept, _ in erased], range(args.seed, args.seed + args.n)
     if args.prompts:
-        csv_rows = read_prompts(args.prompts, args.seed)
+        csv_rows, name = read_prompts(args.prompts, args.seed), args.prompts.stem
         jobs = others = [(row["prompt"], row["seed"]) for row in csv_rows]
     else:
-        groups = [row_prompts(concept, seeds, task) for concept in concepts]
+        groups, name = [row_prompts(*what, seeds, names) for what in erased], "+".join(
+            sorted(Path(edit).name for edit in args.edit))
         jobs = [(prompt, seed) for group in groups for rows in group.values() for _, prompt, seed in rows]
         others = [(prompt, seed) for group in groups for _, prompt, seed in group["s"]]
-    out = args.out or Path("out/evaluation") / (args.prompts.stem if args.prompts else Path(args.edit).name)
+    out = args.out or Path("out/evaluation") / name
     model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
+    weights = {"untouched": cross_attention(folder)}
+    if args.edit:
+        weights["edited"] = edited_weights(args.edit, folder, model.text)
     rows, detected, pictures, untouched = [], [], [], None
     for variant, W in weights.items():
         put_weights(model.unet, W)
@@ -269,15 +274,15 @@ def main() -> None:
                 write_tables(out, f"pictures-{variant}", scored)
         else:
             rows += [{"erased": concept, "variant": variant, "counted": how} | summary([counts]) | moved
-                     for concept in concepts
-                     for how, counts in outcomes(clip, concept, found, seeds, task).items()]
+                     for concept, task in erased
+                     for how, counts in outcomes(clip, concept, found, seeds, task, names).items()]
         if detect and RANK == 0:
             detected.append({"variant": variant} | detect(keep))
         if RANK == 0:                                             # for the eye: a few prompts, four seeds
             some = list(dict.fromkeys(prompt for prompt, _ in jobs))
-            if not args.prompts and task == "object":
-                some = list(dict.fromkeys(p for c in concepts for _, p in prompts_to_watch(c)))
-            some = some[:8 * max(1, len(concepts))]
+            if not args.prompts and {task for _, task in erased} == {"object"}:
+                some = list(dict.fromkeys(p for name in names for _, p in prompts_to_watch(name)))
+            some = some[:8 * max(1, len(names))]
             pictures.append(model.draw([p for p in some for _ in range(4)],
                                        [args.seed + i for _ in some for i in range(4)], args.steps))
     if RANK == 0:

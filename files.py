@@ -123,12 +123,17 @@ def whole(path: str | Path):
         temporary.unlink(missing_ok=True)
 
 
+def refuse_existing(path: Path, instead: str = "choose another --out, or add --overwrite") -> None:
+    if path.exists():
+        raise UserError(f"{path} exists: {instead}")
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | Path, overwrite: bool = False):
     """Yield an empty temporary folder, renamed to `path` when the block ends well; else leave nothing."""
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists: choose another --out, or add --overwrite")
+    if not overwrite:
+        refuse_existing(path)
     temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     first = next((p for p in reversed(path.parents) if not p.exists()), None)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,6 +105,15 @@ def save_lora(network: nn.Module, path: str | Path, metadata: dict[str, str] | N
         save_file(tensors, temporary, metadata)
 
 
+def lora_deltas(path: str | Path) -> dict[str, Tensor]:
+    """B A of every layer in a file of `save_lora`, under the name of the matrix that it is added to."""
+    with readable(path):
+        tensors = load_file(path)
+    layers = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    return {f"{layer.removeprefix('unet.')}.weight":
+            tensors[f"{layer}.lora_B.weight"] @ tensors[f"{layer}.lora_A.weight"] for layer in layers}
+
+
 @torch.no_grad()
 def load_lora(network: nn.Module, path: str | Path) -> list[str]:
     """Read a file of `save_lora` into a network without LoRA. Returns the names of the wrapped layers."""

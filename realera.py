@@ -20,7 +20,6 @@ The paper's symbols, as they are called here (T tokens, D text width, n rows tha
 import contextlib
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass
 from typing import Callable
 
@@ -28,8 +27,9 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from command import DTYPES, Clock, command_line, edit_name, erasing_args, finish, parse_settings, pick_device
-from concepts import Pair, drifts, make_pairs, preserved_prompts
+from command import (DTYPES, Clock, command_line, erasing_args, finish, parse_settings, pick_device,
+                     say_numbers)
+from concepts import Pair, drifts, make_pairs, preserved_prompts, preview
 from diffusion import ddim, guided
 from files import UserError, cross_attention, model_folder, put_weights, whole_folder
 from lora import add_lora, lora_layers, lora_off, save_lora
@@ -280,22 +280,19 @@ def main() -> None:
     args = erasing_args(__doc__, Settings, {"--lora-steps": "0: closed form only (default 200, section 5)"})
     s, clock = parse_settings(Settings, args.set, lora_steps=args.lora_steps), Clock()
     device, folder = pick_device(args.device), model_folder(args.model)
-    out = args.out or edit_name(args.concept)
-    with whole_folder(out, args.overwrite) as new:
-        text, model, losses = Text(folder), None, {}
-        pairs = make_pairs(args.concept, args.anchor, args.task, text, s.rows, args.seed)
-        stay = text(preserved_prompts(args.task, pairs) if s.real_prompts else [""])
+    text, model, losses = Text(folder), None, {}
+    pairs = make_pairs(args.concept, args.anchor, args.task, text, s.rows, args.seed)
+    stay = text(preserved_prompts(args.task, pairs) if s.real_prompts else [""])
+    clock("text")
+    delta, cond = erase_in_closed_form(pairs, stay, s)
+    if args.preview:
+        return preview(args.preview, delta, text)
+    with whole_folder(args.out, args.overwrite) as new:
         W0 = cross_attention(folder)
-        clock("text")
-        delta, cond = erase_in_closed_form(pairs, stay, s)
         W = edited(W0, delta)
         clock("closed form")
         numbers = {"cond(B)": cond, "‖ΔW‖/‖W‖": change(W0, W)} | drifts(delta, pairs, text)
-        print("\n".join(f"{p.concept} → {p.anchor or 'nothing'}: {p.n} of {len(p.e)} rows" for p in pairs))
-        print("closed form: " + ", ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
-        condition, size, *drift = numbers.values()
-        if condition > 1e10 or size > 10 or max(drift) > 0.5:
-            print("warning: this moves far more than the concept; try a larger lambda2", file=sys.stderr)
+        say_numbers(pairs, numbers)
         if s.lora_steps or not args.no_pictures:
             model = Model(folder, device, DTYPES[args.dtype], text=text)
         if s.lora_steps:
@@ -313,7 +310,7 @@ def main() -> None:
             clock("noise alignment")
         finish(new, model, W0, W, pairs, {"method": "RealEra", "settings": dataclasses.asdict(s)},
                {"numbers": numbers, "losses": losses}, args, clock)
-    print(f"wrote {out}/")
+    print(f"wrote {args.out}/")
 
 
 if __name__ == "__main__":

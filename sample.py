@@ -2,6 +2,7 @@
 
     python sample.py "a photo of an airplane" --n 8 --seed 0
     python sample.py "a photo of an airplane" "a photo of the sky" --edit out/airplane
+    python sample.py "a photo of the ship" --edit out/airplane --edit out/ship      # merged, see merge.py
     python sample.py "a red car" --model CompVis/stable-diffusion-v1-4 --device cuda --dtype bfloat16
 
 Each prompt is a row of one PNG, each column a seed: --seed, --seed + 1, … A picture depends on its prompt and
@@ -20,6 +21,7 @@ from clip_text import CLIPTextModel, CLIPTokenizer
 from command import DTYPES, command_line, free_name, pick_device, slug
 from diffusion import SAMPLERS, Scheduler, guided
 from files import MINI, UserError, defaults, grid, model_folder, put_weights, read_edit, write_png
+from merge import edited_weights
 from unet import UNet
 from vae import VAE
 
@@ -96,7 +98,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="+", help="one row of pictures each")
     parser.add_argument("--model", default=MINI, help="folder or hub id (default: mini)")
-    parser.add_argument("--edit", help="an edit folder of realera.py, such as out/airplane")
+    parser.add_argument("--edit", action="append",
+                        help="an edit folder of realera.py, such as out/airplane; several are merged")
     parser.add_argument("--n", type=int, default=4, help="pictures per prompt (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture in a row (default 0)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's; SD 50)")
@@ -111,7 +114,9 @@ def main() -> None:
         raise UserError("--n and --batch must be at least 1, --seed at least 0")
     if args.out and args.out.exists():
         raise UserError(f"{args.out} exists: choose another --out")
-    model = Model(model_folder(args.model), pick_device(args.device), DTYPES[args.dtype], args.edit)
+    model = Model(model_folder(args.model), pick_device(args.device), DTYPES[args.dtype])
+    if args.edit:
+        put_weights(model.unet, edited_weights(args.edit, model.folder, model.text))
     steps = model.defaults["steps"] if args.steps is None else args.steps
     guidance = model.defaults["guidance"] if args.guidance is None else args.guidance
     start = time.perf_counter()

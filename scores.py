@@ -153,7 +153,7 @@ def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None
 
 @torch.no_grad()
 def outcomes(clip: CLIP, concept: str, found: dict[Job, Tensor], seeds: range,
-             task: str = "object") -> dict[str, dict]:
+             task: str = "object", erased=()) -> dict[str, dict]:
     """What CLIP says, by way of counting and group: {"top-1": {"e": [pictures], "s": …}, …}.
 
     top-1 and probability choose among the ten classes and the scenes that serve as anchors: a choice without
@@ -168,7 +168,7 @@ def outcomes(clip: CLIP, concept: str, found: dict[Job, Tensor], seeds: range,
     prompts += [anchor] if task in ASSOCIATED else [template.format(x) for x in read_json(BOOK)["scenes"]]
     text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()        # [names, P]
     counted = {"CLIP score": {}} if task == "style" else {"top-1": {}, "probability": {}, "ten-way": {}}
-    for group, rows in row_prompts(concept, seeds, task).items():
+    for group, rows in row_prompts(concept, task, seeds, erased).items():
         features = torch.stack([found[prompt, seed] for _, prompt, seed in rows])
         wanted = torch.tensor([names.index(name) for name, _, _ in rows])
         cosines = features @ text.T                                                  # [pictures, names]

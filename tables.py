@@ -89,7 +89,7 @@ def measure(rows: list[tuple[str, str, list[str] | None]], args) -> list[tuple[d
     for i, (concept, variant, settings) in enumerate(rows):
         edit = None if settings is None else edit_folder(concept, settings, args)
         put_weights(model.unet, read_edit(edit, folder) if edit else W0)
-        jobs = [(prompt, seed) for group in row_prompts(concept, seeds).values() for _, prompt, seed in group]
+        jobs = [job[1:] for group in row_prompts(concept, "object", seeds).values() for job in group]
         place = args.out / "pictures" / (edit.name if edit else "untouched")
         features = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch,
                             place if args.keep_pictures else None,
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--edit-seed", type=int, default=0, help="of mining and LoRA (default 0)")
     args = measuring_args(parser)
     args.out = args.out or Path("out/tables")
-    row_prompts(args.concept, range(1))                           # an unknown concept is an error at once
+    row_prompts(args.concept, "object", range(1))                 # an unknown concept is an error at once
     rows = table(args.table, args) if args.table else figure(args) if args.figure else sweep(args)
     if RANK == 0:
         name = f"table{args.table}" if args.table else "figure5" if args.figure else "sweep"

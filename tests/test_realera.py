@@ -218,7 +218,7 @@ def test_order_of_concepts_is_moot_and_the_seed_gives_the_same_bytes():
 
 def test_shares_weigh_like_repeated_rows():
     """share = True puts weight 1/M on each neighbor: Eq. 7 with every neighbor term divided by M."""
-    p, s = pair(), Settings(M=4, N=2)
+    p, s = pair(), Settings(M=4, N=2, share=True)
     E, E_star, P = realera.mine(p, s)
     near, near_star = neighbor_concepts(p.block(), p.block_star(), s, rng(p.seed))
     gram = p.block().T @ p.block() + sum(c.T @ c for c in near) / 4
@@ -226,6 +226,15 @@ def test_shares_weigh_like_repeated_rows():
     assert torch.allclose(E_star.T @ E, p.block_star().T @ p.block()
                           + sum(t.T @ c for c, t in zip(near, near_star)) / 4)
     assert len(P) == 2 * p.n
+
+
+def test_reach_moves_the_target_beyond_the_anchor():
+    """reach = 2: e goes to e + 2 (e* − e), and so do the neighbors' targets; concept and beyond-concepts stay."""
+    p = pair()
+    once, twice = (realera.mine(p, Settings(M=3, N=2, reach=reach)) for reach in (1.0, 2.0))
+    assert torch.equal(once[0], twice[0]) and torch.equal(once[2], twice[2])
+    shift = (p.block_star() - p.block()).repeat(4, 1)
+    assert torch.allclose(twice[1] - once[1], shift)
 
 
 def test_pair_puts_blocks_where_they_belong():

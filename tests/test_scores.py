@@ -276,7 +276,7 @@ def text_features(clip, names):
 def test_outcomes_are_1_where_the_picture_looks_like_what_is_wanted(clip):
     """The "picture" of an even seed is the very text of what is wanted, that of an odd seed another's."""
     text, found = text_features(clip, CLASSES), {}
-    for rows in row_prompts("cat", range(4, 7)).values():
+    for rows in row_prompts("cat", "object", range(4, 7)).values():
         for wanted, prompt, seed in rows:
             found[prompt, seed] = text[wanted if seed % 2 == 0 else "dog" if wanted != "dog" else "ship"]
     counted = outcomes(clip, "cat", found, range(4, 7))
@@ -294,14 +294,15 @@ def test_outcomes_are_1_where_the_picture_looks_like_what_is_wanted(clip):
 def test_a_picture_of_a_scene_is_nothing_by_top_1_but_something_by_ten_way(clip):
     text, sky = text_features(clip, CLASSES), text_features(clip, ["sky"])["sky"]
     nearest = max(CLASSES, key=lambda name: (text[name] @ sky).item())
-    found = {(prompt, 0): sky for rows in row_prompts(nearest, range(1)).values() for _, prompt, _ in rows}
+    rows = row_prompts(nearest, "object", range(1)).values()
+    found = {job[1:]: sky for group in rows for job in group}
     counted = outcomes(clip, nearest, found, range(1))
     assert not any(x.any() for x in counted["top-1"].values())
     assert all(counted["ten-way"][group].all() for group in "ega") and not counted["ten-way"]["s"].any()
 
 
 def test_groups_of_a_row_are_the_papers():
-    groups, entry = row_prompts("ship", range(3, 5)), read_json(BOOK)["classes"]["ship"]
+    groups, entry = row_prompts("ship", "object", range(3, 5)), read_json(BOOK)["classes"]["ship"]
     assert groups["e"] == [("ship", "a photo of the ship", 3), ("ship", "a photo of the ship", 4)]
     assert groups["s"] == [(name, f"a photo of the {name}", seed) for name in CLASSES if name != "ship"
                            for seed in (3, 4)]
@@ -309,23 +310,23 @@ def test_groups_of_a_row_are_the_papers():
                            for seed in (3, 4)]
     assert groups["a"] == [("ship", phrase, seed) for phrase in entry["associated"] for seed in (3, 4)]
     with pytest.raises(UserError, match="teapot.*--prompts"):
-        row_prompts("teapot", range(1))
+        row_prompts("teapot", "object", range(1))
     with pytest.raises(UserError, match="explicit.*--prompts"):
-        row_prompts("nudity", range(1), "explicit")
+        row_prompts("nudity", "explicit", range(1))
 
 
 def test_artists_and_celebrities_have_the_appendix_prompts_and_counts():
     """200 pictures of the erased one and of its associated prompt, 5 of each that is kept."""
     for task, name, prompt, other in (("celebrity", "Elon Musk", "a portrait of elon musk", "tom cruise"),
                                       ("style", "Van Gogh", "an artwork by van gogh", "claude monet")):
-        groups = row_prompts(name, range(200), task)
+        groups = row_prompts(name, task, range(200))
         assert {group: len(rows) for group, rows in groups.items()} == {"e": 200, "s": 4 * 5, "g": 200}
         assert groups["e"][199] == (name.lower(), prompt, 199)
         assert groups["g"][0][0] == name.lower() and name.lower() not in groups["g"][0][1].lower()
         others = {row[0] for row in groups["s"]}
         assert other in others and name.lower() not in others
         with pytest.raises(UserError, match=f"banksy.*{other}"):
-            row_prompts("banksy", range(1), task)
+            row_prompts("banksy", task, range(1))
 
 
 def test_styles_are_scored_by_cosine_and_celebrities_by_choice_among_six(clip):
@@ -333,7 +334,7 @@ def test_styles_are_scored_by_cosine_and_celebrities_by_choice_among_six(clip):
         for task, template in (("style", "an artwork by {}"), ("celebrity", "a portrait of {}")):
             names = ["van gogh", "pablo picasso"] if task == "style" else ["tom cruise", "mariah carey"]
             first, second = clip.text_features(clip.tokenizer([template.format(name) for name in names]))
-            rows = row_prompts(names[0], range(2), task)
+            rows = row_prompts(names[0], task, range(2))
             found = {(prompt, seed): second for group in rows.values() for _, prompt, seed in group}
             counted = outcomes(clip, names[0], found, range(2), task)
             if task == "style":
@@ -374,7 +375,7 @@ def test_a_row_of_table_1_for_the_untouched_and_the_edited_model(evaluated):
         for name in list(row)[3:-1]:
             value, low, high = row[name]
             assert 0 <= low <= value <= high <= 100, (row, name)
-        groups = row_prompts("airplane", range(2)) if row["counted"] != "probability" else {}
+        groups = row_prompts("airplane", "object", range(2)) if row["counted"] != "probability" else {}
         for group, asked in groups.items():
             right = row[f"Acc_{group}"][0] * len(asked) / 100
             assert abs(right - round(right)) < 0.01
@@ -457,7 +458,7 @@ def test_killed_five_times_the_same_command_ends_with_the_same_bytes(edit, evalu
     assert seen < lines_of(out)
     undisturbed = sorted(evaluated[0].glob("results/*/results.jsonl"))
     assert len(undisturbed) == 2
-    asked = {job[1:] for group in row_prompts("airplane", range(2)).values() for job in group}
+    asked = {job[1:] for group in row_prompts("airplane", "object", range(2)).values() for job in group}
     for path in undisturbed:
         content = (out / path.relative_to(evaluated[0])).read_bytes()
         jobs = [(record["prompt"], record["seed"]) for record in map(json.loads, content.splitlines())]
@@ -733,7 +734,7 @@ def test_the_sweep_says_how_far_each_group_goes_along(tmp_path, monkeypatch):
             expected[group].append(sum(shares) / len(shares))
     for group, shares in expected.items():
         assert once[group] == pytest.approx(sum(shares) / 2, abs=1e-3)
-        assert twice[group] == pytest.approx(sum(shares), abs=2e-3)                  # Δ is linear in the shift
+        assert twice[group] == pytest.approx(sum(shares), abs=2e-3)           # Δ is linear in the shift
     assert once["concept"] > once["synonyms"] > once["phrases"] and twice["drift"] > once["drift"] > 0
 
 

@@ -1,0 +1,95 @@
+"""Edits that were made apart, put into one model together.
+
+    python sample.py "a photo of the airplane" "a photo of the ship" --edit out/airplane --edit out/ship
+    python eval_clip.py --edit out/airplane --edit out/ship
+
+Eq. 7 is a sum over rows, so the merge of two closed forms is one solve with the rows of both. (The sum of the
+two changes W − W₀ is not: each would move rows that the other asks to keep.) Nothing is stored for it: mining
+is deterministic, and an edit's metadata name its concepts, anchors, settings and seed, so the rows are mined
+again, in milliseconds. On top comes the sum of what the LoRAs learned, each beside its own closed form.
+"""
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from concepts import Pair, make_pairs, preserved_prompts
+from files import UserError, about_edit, cross_attention, read_edit
+from lora import lora_deltas
+from realera import Settings, change, edited, erase_in_closed_form
+
+LORA_SETTINGS = ("rank", "lora_steps", "lr", "batch", "trajectories")          # these may differ
+
+
+@dataclass
+class Made:
+    """How an edit was made: its pairs, settings and task, and what its LoRA adds, {name: [out, D]}."""
+    folder: str
+    pairs: list[Pair]
+    settings: Settings
+    task: str
+    lora: dict[str, Tensor]
+
+
+def how_made(folder: str, text) -> Made:
+    """Read it from the edit's metadata. Raises UserError if realera.py did not make it."""
+    about = about_edit(folder)
+    if about.get("method") != "RealEra":
+        raise UserError(f"--edit {folder} was made by {about.get('method', 'something else')}: only edits of "
+                        "realera.py have a closed form to solve again, and can be merged")
+    try:
+        s = Settings(**about["settings"])
+        pairs = make_pairs(about["concepts"], about["anchors"], about["task"], text, s.rows, about["seed"])
+    except (KeyError, TypeError):
+        raise UserError(f"--edit {folder} has other settings than this realera.py: make it again") from None
+    lora = lora_deltas(Path(folder) / "residual_lora.safetensors") if s.lora_steps else {}
+    return Made(str(folder), pairs, s, about["task"], lora)
+
+
+def joint_closed_form(edits: list[Made], text) -> Tensor:
+    """Δ [D, D] of Eq. 7 with every edit's rows, float64: what one command naming all concepts would solve.
+
+    Therefore "" and the real prompts count once, whichever edits keep them, and a noun that one edit erases
+    or draws instead is kept for none, although another edit, made alone, kept it.
+    """
+    pairs = sorted((pair for made in edits for pair in made.pairs), key=lambda pair: pair.concept)
+    tasks = sorted({made.task for made in edits})
+    real = [prompt for task in tasks for prompt in preserved_prompts(task, pairs)]
+    s = edits[0].settings
+    stay = text(list(dict.fromkeys(real)) if s.real_prompts else [""])
+    return erase_in_closed_form(pairs, stay, s)[0]
+
+
+def weights(edits: list[Made], W0: dict[str, Tensor], text) -> dict[str, Tensor]:
+    """W₀ (I + Δ) + Σ B A, in the dtype of the model's file. The order of `edits` is moot."""
+    W = edited(W0, joint_closed_form(edits, text))
+    for made in sorted(edits, key=lambda made: [pair.concept for pair in made.pairs]):
+        W |= {name: W[name] + learned for name, learned in made.lora.items()}
+    return {name: matrix.to(W0[name].dtype) for name, matrix in W.items()}
+
+
+def edited_weights(folders: list[str], model: Path, text) -> dict[str, Tensor]:
+    """The matrices that take the place of the model's: those of one edit as written, or of several merged.
+
+    Raises UserError for edits of another model, method or version, with a concept in common, or whose closed
+    forms were set differently. `text` is only used for several.
+    """
+    written = [read_edit(folder, model) for folder in folders]
+    if len(folders) == 1:
+        return written[0]
+    W0, edits, seen = cross_attention(model), [how_made(folder, text) for folder in folders], {}
+    first = dataclasses.asdict(edits[0].settings)
+    for made, W in zip(edits, written):
+        for pair in made.pairs:
+            if (other := seen.setdefault(pair.concept.lower(), made)) is not made:
+                raise UserError(f"--edit {other.folder} and {made.folder} both erase {pair.concept!r}")
+        for name, value in dataclasses.asdict(made.settings).items():
+            if value != first[name] and name not in LORA_SETTINGS:
+                raise UserError(f"--edit {made.folder} has {name} = {value} but {edits[0].folder} has "
+                                f"{first[name]}: edits merge when their closed forms have the same settings")
+        # what the metadata say must give what was written, but for the last bit on another machine
+        if change(W, weights([made], W0, text)) > 1e-3:
+            raise UserError(f"--edit {made.folder} is not what its settings give here: make it again")
+    return weights(edits, W0, text)

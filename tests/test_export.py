@@ -1,0 +1,403 @@
+"""An edit in other tools and beside other edits: pipeline folders, LoRA files, merging; previews."""
+import importlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import command
+import export
+import merge
+import realera
+from concepts import make_pairs, preserved_prompts
+from files import UserError, about_edit, cross_attention, put_weights, read_edit, write_edit
+from lora import lora_deltas
+from sample import Model, Text
+from unet import UNet
+
+ROOT = Path(__file__).parent.parent
+MINI = ROOT / "mini"
+AIRPLANE = ["--concept", "airplane", "--anchor", "sky"]
+SHIP = ["--concept", "ship", "--anchor", "street"]
+CLOSED = ["--lora-steps", "0", "--no-pictures"]
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def start(script, *args, cwd):
+    """A script's `main` in this process, as the command line calls it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *map(str, args)])
+        command.command_line(importlib.import_module(script.removesuffix(".py")).main)
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Bad input: one clear line on stderr, exit status 2, and nothing left behind."""
+    def check(script, *args, match):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as end:
+            start(script, *args, cwd=tmp_path)
+        errors = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2
+        assert len(errors) == 1 and errors[0].startswith("error: ") and re.search(match, errors[0]), errors
+        assert sorted(tmp_path.rglob("*")) == before
+    return check
+
+
+@pytest.fixture(scope="module")
+def edits(tmp_path_factory):
+    """Two edits made apart, with LoRAs of different ranks and seeds; and the same closed forms without."""
+    folder = tmp_path_factory.mktemp("edits")
+    few = ["--lora-steps", 1, "--no-pictures", "--set", "trajectories=2", "batch=1"]
+    start("realera.py", *AIRPLANE, *few, "--out", "a", cwd=folder)
+    start("realera.py", *SHIP, *few, "rank=2", "--seed", 5, "--out", "b", cwd=folder)
+    for name, concept in (("a closed", AIRPLANE), ("b closed", SHIP), ("joint", AIRPLANE + SHIP)):
+        start("realera.py", *concept, *CLOSED, "--out", name, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text():
+    return Text(MINI)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return diffusers.StableDiffusionPipeline.from_pretrained(MINI)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A copy of mini/ without its CLIP."""
+    shutil.copytree(MINI, tmp_path / "model",
+                    ignore=shutil.ignore_patterns("clip", "work", "*.py", "*.png", "*.md", "*.svg"))
+    return tmp_path / "model"
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- a pipeline folder ----
+
+def drawn_by_diffusers(pipe, noise):
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("a photo of the airplane", latents=noise, num_inference_steps=5, guidance_scale=3.0,
+                height=32, width=32, output_type="pt").images.float()
+
+
+def test_diffusers_opens_the_exported_folder_and_draws_our_picture(edits, tmp_path):
+    start("export.py", "--edit", edits / "a", "--folder", "new/one", cwd=tmp_path)
+    ours = Model(MINI, edit=edits / "a")
+    prompt = (["a photo of the airplane"], [1], 5, 3.0)
+    picture = ours.draw(*prompt)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "new/one")
+    assert (picture - drawn_by_diffusers(theirs, ours.noise([1]))).abs().max() <= 1 / 255
+    assert (picture - Model(MINI).draw(*prompt)).abs().max() > 0.1
+    assert torch.equal(Model(tmp_path / "new/one").draw(*prompt), picture)           # our tools open it, too
+    assert os.path.samefile(tmp_path / "new/one/vae/config.json", MINI / "vae/config.json")
+    with safe_open(tmp_path / "new/one" / UNET, "pt") as file:
+        assert json.loads(file.metadata()["edit"]) == about_edit(edits / "a")
+
+
+def test_export_takes_no_twin_no_pickle_and_no_missing_part(edits, model, monkeypatch):
+    """A folder like a hub's cache: links, half-precision files only, a safety checker without weights."""
+    for part in ("text_encoder", "vae", "unet"):
+        path = next((model / part).glob("*.safetensors"))
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    for name in ("diffusion_pytorch_model.non_ema.safetensors", "diffusion_pytorch_model.bin"):
+        (model / "unet" / name).write_bytes(b"stale")
+    (model / "safety_checker").mkdir()
+    (model / "safety_checker/config.json").write_text("{}")
+    (model / "safety_checker/pytorch_model.bin").write_bytes(b"pickle")
+    index = json.loads((model / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+              "feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    (model / "model_index.json").write_text(json.dumps(index))
+    blob = model.parent / "blob"
+    (model / "vae/config.json").rename(blob)
+    (model / "vae/config.json").symlink_to("../../blob")
+    W = read_edit(edits / "a", model)
+    for how in ("links", "copies"):
+        if how == "copies":
+            monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "another disk")))
+        new = model.parent / how
+        export.export_pipeline(new, model, W, {})
+        assert os.path.samefile(new / "vae/config.json", blob) == (how == "links")
+        assert not (new / "vae/config.json").is_symlink()
+        assert (new / "vae/config.json").read_bytes() == blob.read_bytes()
+        found = sorted(str(path.relative_to(new)) for path in new.rglob("*") if path.is_file())
+        assert [path for path in found if not path.startswith("tokenizer")] == [
+            "defaults.json", "model_index.json", "scheduler/scheduler_config.json",
+            "text_encoder/config.json", "text_encoder/model.safetensors", "unet/config.json", UNET,
+            "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+        assert same(load_file(new / UNET), load_file(MINI / UNET) | W)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(new)
+        assert pipe.safety_checker is None and pipe.feature_extractor is None
+        assert same({k: v.half() for k, v in pipe.unet.state_dict().items()}, load_file(new / UNET))
+
+
+def test_flags_of_realera_export_what_it_wrote(tmp_path):
+    start("realera.py", *AIRPLANE, *CLOSED, "--export", "sd", "--export-lora", 8, cwd=tmp_path)
+    out = tmp_path / "out/airplane"
+    erased = load_file(out / "erased.safetensors")
+    assert same(load_file(tmp_path / "sd" / UNET), load_file(MINI / UNET) | erased)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "erased.safetensors", "lora_rank8.safetensors", "lora_rank8_kohya.safetensors", "run.json"]
+    error = json.loads((out / "run.json").read_text())["LoRA error"]
+    with safe_open(out / "lora_rank8.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["edit"])["error"] == error
+    W0, W = cross_attention(MINI), read_edit(out, MINI)
+    missed = [(W[name] - W0[name]).float() - delta for name, delta in
+              lora_deltas(out / "lora_rank8.safetensors").items()]
+    moved = [(W[name] - W0[name]).float() for name in W0]
+    norms = [sum(x.square().sum() for x in group).sqrt().item() for group in (missed, moved)]
+    assert error == pytest.approx(norms[0] / norms[1], rel=1e-2)          # the file is rounded to float16
+
+
+# ---- LoRA files ----
+
+def test_low_rank_is_numpys_truncated_svd():
+    g = torch.Generator().manual_seed(0)
+    W0 = {name: torch.randn(out, 12, generator=g) for name, out in (("k", 7), ("v", 20))}
+    W = {name: matrix + torch.randn(matrix.shape, generator=g) for name, matrix in W0.items()}
+    for rank in (1, 5, 12):
+        factors, error = export.low_rank(W0, W, rank)
+        missed = moved = 0
+        for name in W0:
+            U, S, Vh = np.linalg.svd((W[name].double() - W0[name].double()).numpy(), full_matrices=False)
+            B, A = (x.double().numpy() for x in factors[name])
+            assert B.shape[1] == A.shape[0] == min(rank, len(W[name]))
+            assert np.abs(B @ A - (U * S)[:, :rank] @ Vh[:rank]).max() < 1e-5
+            missed, moved = missed + (S[rank:] ** 2).sum(), moved + (S ** 2).sum()
+        assert error == pytest.approx((missed / moved) ** 0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows, rank", [("token", 1), ("tail", 27)])
+def test_few_edited_rows_are_a_lora_of_that_rank_with_one_shared_A(text, rows, rank):
+    """W − W₀ = W₀ [Σ (e* − e) eᵀ] B⁻¹: exact at the number of rows, and not below where they are few."""
+    s, W0 = realera.Settings(M=0, N=0, rows=rows), cross_attention(MINI)
+    pairs = make_pairs(["airplane"], ["sky"], "object", text, rows, 0)
+    assert pairs[0].n == rank
+    delta, _ = realera.erase_in_closed_form(pairs, text(preserved_prompts("object", pairs)), s)
+    factors, error = export.low_rank(W0, realera.edited(W0, delta), rank)
+    assert error < 1e-6
+    if rank == 1:
+        directions = torch.cat([A / A.norm() for _, A in factors.values()])
+        assert (directions @ directions.T).abs().min() > 1 - 1e-5
+    else:
+        assert export.low_rank(W0, realera.edited(W0, delta), 1)[1] > 0.01
+
+
+@pytest.mark.parametrize("ending", ["", "_kohya"])
+def test_diffusers_draws_the_edit_from_the_untouched_model_and_the_lora(edits, pipe, text, tmp_path, ending):
+    W0, W = cross_attention(MINI), read_edit(edits / "a", MINI)
+    export.write_lora(tmp_path, W0, W, 160, {})                           # the longest of the shorter sides
+    unet = UNet.from_pretrained(MINI / "unet")
+    c = text(["a photo of the airplane"])
+    z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    before = unet(z, t, c)
+    put_weights(unet, W)
+    ours = unet(z, t, c)
+    with torch.no_grad():
+        pipe.load_lora_weights(tmp_path / f"lora_rank160{ending}.safetensors")
+        theirs = pipe.unet(z, t, c).sample
+        pipe.unload_lora_weights()
+        plain = pipe.unet(z, t, c).sample
+    assert (theirs - ours).abs().max() <= 1e-5 * ours.abs().max() + 1e-5
+    assert (plain - before).abs().max() <= 1e-5 and (before - ours).abs().max() > 0.05
+
+
+# ---- undo and stack ----
+
+def test_applied_removed_and_applied_in_another_order_gives_the_same_bytes(edits, text):
+    a, b = str(edits / "a"), str(edits / "b")
+    unet, W0 = UNet.from_pretrained(MINI / "unet"), cross_attention(MINI)
+    clean = {name: value.clone() for name, value in unet.state_dict().items()}
+    for order in ([a], [a, b], [b]):
+        put_weights(unet, merge.edited_weights(order, MINI, text))
+    backwards = {name: value.clone() for name, value in unet.state_dict().items()}
+    put_weights(unet, W0)
+    assert same(unet.state_dict(), clean) and not same(backwards, clean)
+    put_weights(unet, read_edit(b, MINI))
+    assert same(unet.state_dict(), backwards)
+    assert same(merge.edited_weights([a, b], MINI, text), merge.edited_weights([b, a], MINI, text))
+
+
+def test_merged_closed_forms_are_what_one_command_for_both_writes(edits, text):
+    merged = merge.edited_weights([str(edits / "b closed"), str(edits / "a closed")], MINI, text)
+    joint = load_file(edits / "joint/erased.safetensors")
+    assert same(merged, joint) and not same(merged, load_file(edits / "a closed/erased.safetensors"))
+
+
+def test_merged_closed_form_is_the_sum_of_grams_with_preserved_rows_once(edits, text):
+    """Σ(e* − e)eᵀ and Σeeᵀ + λ1 Σppᵀ of either edit, solved together, another way and in another order."""
+    made = [merge.how_made(str(edits / name), text) for name in ("b", "a")]
+    s, right, B = made[0].settings, 0, 0
+    for one in made:
+        E, E_star, P = realera.mine(one.pairs[0], one.settings)
+        right, B = right + (E_star - E).T @ E, B + E.T @ E + s.lambda1 * P.T @ P
+    own = {word for one in made for pair in one.pairs for word in (pair.concept, pair.anchor)}
+    stay = set(preserved_prompts("object", made[0].pairs)) & set(preserved_prompts("object", made[1].pairs))
+    assert own == {"airplane", "sky", "ship", "street"} and len(stay) == 2 + 30 - 3         # sky is not in it
+    # encoded once: another batch would differ in the last bits of float32, but the algebra is float64
+    encoded = dict(zip(sorted(stay), text(sorted(stay))))
+    for rows in encoded.values():
+        B = B + s.lambda1 * rows.double().T @ rows.double()
+    B = B + s.lambda2 * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype)
+    expected = right @ torch.linalg.inv(B)
+    delta = merge.joint_closed_form(made, lambda prompts: torch.stack([encoded[p] for p in prompts]))
+    assert (delta - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_merging_adds_what_the_loras_learned(edits, text):
+    merged = merge.edited_weights([str(edits / "a"), str(edits / "b")], MINI, text)
+    made = [merge.how_made(str(edits / name), text) for name in ("a", "b")]
+    closed = realera.edited(cross_attention(MINI), merge.joint_closed_form(made, text))
+    for name, matrix in merged.items():
+        layer, expected = f"unet.{name.removesuffix('.weight')}", closed[name].double()
+        for folder in ("a", "b"):
+            lora = load_file(edits / folder / "residual_lora.safetensors")
+            B, A = lora[f"{layer}.lora_B.weight"].double(), lora[f"{layer}.lora_A.weight"].double()
+            assert len(A) == {"a": 4, "b": 2}[folder] and B.abs().max() > 0
+            expected += B @ A
+        assert (matrix.double() - expected).abs().max() <= 2 ** -11 * expected.abs().max()        # float16
+
+
+def test_sample_draws_with_merged_edits(edits, tmp_path):
+    a, b = edits / "a", edits / "b"
+    for name, order in (("ab", (a, b)), ("ba", (b, a)), ("a", (a,))):
+        flags = [flag for edit in order for flag in ("--edit", edit)]
+        start("sample.py", "a photo of the ship", *flags, "--n", 1, "--steps", 2, "--out", f"{name}.png",
+              cwd=tmp_path)
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("ab", "ba", "a")]
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_eval_clip_has_a_row_for_every_concept_of_merged_edits(edits, text, tmp_path, monkeypatch, capsys):
+    """Pictures are grey here (others draw them): it is about what is in the U-Net when they are drawn."""
+    name = next(iter(cross_attention(MINI)))
+    used = {}
+
+    def draw(model, prompts, *_, **__):
+        used[model.unet.get_parameter(name).sum().item()] = model.unet.get_parameter(name).clone()
+        return torch.full((len(prompts), 3, 32, 32), 0.5)
+
+    monkeypatch.setattr(Model, "draw", draw)
+    start("eval_clip.py", "--edit", edits / "b", "--edit", edits / "a", "--n", 1, cwd=tmp_path)
+    merged = merge.edited_weights([str(edits / "a"), str(edits / "b")], MINI, text)
+    for W, found in zip((cross_attention(MINI), merged), used.values(), strict=True):
+        assert torch.equal(W[name].float(), found)
+    rows = json.loads((tmp_path / "out/evaluation/a+b/metrics.json").read_text())
+    assert {(row["erased"], row["variant"]) for row in rows} == {
+        (concept, variant) for concept in ("airplane", "ship") for variant in ("untouched", "edited")}
+    assert all("Acc_e" in row for row in rows) and "| airplane | edited |" in capsys.readouterr().out
+
+
+def test_merged_edits_export_under_a_name_of_both(edits, text, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(edits / name, tmp_path / name)
+    start("export.py", "--edit", "b", "--edit", "a", "--lora", 4, "--folder", "sd", cwd=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "a+b").iterdir()) == [
+        "lora_rank4.safetensors", "lora_rank4_kohya.safetensors"]
+    W = merge.edited_weights([str(edits / "a"), str(edits / "b")], MINI, text)
+    assert same(load_file(tmp_path / "sd" / UNET), load_file(MINI / UNET) | W)
+
+
+# ---- the preview ----
+
+def test_preview_sorts_prompts_by_what_eq_7_does_to_them_without_a_unet(tmp_path, text, monkeypatch, capsys):
+    for module, name in ((UNet, "from_pretrained"), (realera, "cross_attention"), (realera, "whole_folder")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("this needs no U-Net and no folder"))
+    prompts = ["a photo of the ship", "a photo of the airplane", "", "jet", "a photo of the ship"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    start("realera.py", *AIRPLANE, "--preview", "prompts.txt", cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["‖Δe‖/‖e‖", "prompt"] and len(lines) == 3
+    found = {line.split(maxsplit=1)[1]: float(line.split()[0]) for line in lines}
+    assert list(found) == sorted(found, key=found.get, reverse=True) and list(found)[0] == prompts[1]
+    pairs, s = make_pairs(["airplane"], ["sky"], "object", text, "tail", 0), realera.Settings()
+    delta, _ = realera.erase_in_closed_form(pairs, text(preserved_prompts("object", pairs)), s)
+    for prompt, value in found.items():
+        e = text([prompt])[0].double()
+        moved, size = (sum(float((x @ row).square().sum()) for row in e)
+                       for x in (delta, torch.eye(len(delta)).double()))
+        assert value == pytest.approx((moved / size) ** 0.5, abs=6e-4)
+
+
+# ---- bad input and interruption ----
+
+@pytest.mark.parametrize("args, match", [
+    (["--export-lora", "0"], "at least 1"), (["--export", "there"], "there exists.*--export"),
+    (["--export", "out/airplane"], "apart"), (["--export", "out/airplane/sd"], "apart"),
+    (["--export", "deep", "--out", "deep/edit"], "apart"),
+    (["--preview", "there/p.txt", "--export", "sd"], "writes nothing"),
+    (["--preview", "nowhere.txt"], "not a text file"), (["--preview", "there"], "not a text file"),
+    (["--preview", "there/binary"], "not a text file"), (["--preview", "there/empty"], "no prompt")])
+def test_realera_refuses_bad_exports_and_previews(refused, tmp_path, args, match):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/p.txt").write_text("a cat\n")
+    (tmp_path / "there/binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "there/empty").write_text("\n \n")
+    refused("realera.py", *AIRPLANE, *CLOSED, *args, match=match)
+
+
+@pytest.mark.parametrize("args, match", [
+    ([], "give --folder"), (["--lora", "0"], "at least 1"), (["--folder", "there"], "there exists"),
+    (["--edit", "nowhere", "--lora", "1"], "no erased.safetensors"), (["--lora", "1"], "lora_rank1.*exists")])
+def test_export_refuses_bad_input(refused, edits, tmp_path, args, match):
+    (tmp_path / "there").mkdir()
+    shutil.copytree(edits / "a", tmp_path / "a")
+    (tmp_path / "a/lora_rank1_kohya.safetensors").write_text("precious")
+    refused("export.py", "--edit", "a", *args, match=match)
+    assert (tmp_path / "a/lora_rank1_kohya.safetensors").read_text() == "precious"
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"concepts": ["Airplane"]}, "both erase 'Airplane'"), ({"method": "RECE"}, "made by RECE"),
+    ({"base_hash": "0" * 64}, "another model"), ({"seed": 6}, "not what its settings give"),
+    ({"settings": {"gamma": 1}}, "other settings"), ({"settings": None}, "other settings"),
+    ("M", "M = 9 but .* 100")])
+def test_edits_that_do_not_go_together_are_refused(refused, edits, tmp_path, change, match):
+    about, tensors = about_edit(edits / "b"), load_file(edits / "b/erased.safetensors")
+    change = {"settings": about["settings"] | {"M": 9}} if change == "M" else change
+    shutil.copytree(edits / "b", tmp_path / "c")
+    write_edit(tmp_path / "c", tensors, about | change)
+    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", "c", match=match)
+
+
+def test_the_same_edit_twice_is_refused(refused, edits):
+    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", edits / "a", match="both erase 'airplane'")
+
+
+def test_an_edit_that_lost_its_lora_cannot_be_merged(refused, edits, tmp_path):
+    shutil.copytree(edits / "b", tmp_path / "c")
+    (tmp_path / "c/residual_lora.safetensors").unlink()
+    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", "c", match="residual_lora.*cannot be read")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_interruption_leaves_nothing(edits, tmp_path, monkeypatch, error):
+    def broken(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(export, "save_file", broken)
+    W0, W = cross_attention(MINI), read_edit(edits / "a", MINI)
+    with pytest.raises(type(error)):
+        export.export_pipeline(tmp_path / "new/folder", MINI, W, {})
+    with pytest.raises(type(error)):
+        export.write_lora(tmp_path, W0, W, 2, {})
+    assert list(tmp_path.iterdir()) == []
