@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 class UserError(Exception):
@@ -85,6 +86,15 @@ def finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=torch.float32).isfinite())       # one pass: NaN and infinity survive a sum
 
 
+class NoInit(TorchFunctionMode):
+    """Inside a `with` block layers draw no weights: on "meta" that imports torch's compiler, for 1.7 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def load_network(network_class, config, folder, stem, dtype, device, rename=lambda key: key):
     """Build `network_class(config)` without allocating it, then let the file's tensors become its parameters.
 
@@ -92,7 +102,7 @@ def load_network(network_class, config, folder, stem, dtype, device, rename=lamb
     missing, extra, misshapen or non-finite tensor is a UserError that names it.
     """
     path = find_weights(Path(folder), stem)
-    with torch.device("meta"):                                    # shapes only: no random numbers, no memory
+    with torch.device("meta"), NoInit():                          # shapes only: no random numbers, no memory
         network = network_class(config)
     with readable(path):
         tensors = load_file(path)                                 # memory-mapped: read when used

@@ -127,7 +127,7 @@ def beyond_concepts(e: Tensor, s: Settings, generator: torch.Generator) -> Tenso
 # -------------------------------------------------------------------------- closed form, Eq. 7
 
 def closed_form(E: Tensor, E_star: Tensor, P: Tensor, lambda1: float, lambda2: float) -> tuple[Tensor, float]:
-    """The edit Δ [D, D] with W = W₀ (I + Δ), and the condition number of B. E, E_star [m, D] and P [p, D].
+    """The edit Δ [D, D] with W = W₀ (I + Δ), and B's condition number (1-norm). E, E_star [m, D], P [p, D].
 
     Every target is W₀ times something, so one right factor solves it for every W₀: the gradient of Eq. 7 is
     zero where W B = W₀ (Σ e* eᵀ + λ1 Σ p pᵀ + λ2 I), and the preserve terms cancel in W − W₀.
@@ -136,17 +136,16 @@ def closed_form(E: Tensor, E_star: Tensor, P: Tensor, lambda1: float, lambda2: f
     E, E_star, P = E.double(), E_star.double(), P.double()        # squares of fp32 rows need more than fp32
     B = E.T @ E + lambda1 * P.T @ P                               # [D, D]
     B += lambda2 * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype)
-    low, high = torch.linalg.eigvalsh(B)[[0, -1]].tolist()
-    if low <= 1e-13 * high:
+    cond = torch.linalg.cond(B, 1).item()                         # the 2-norm's would cost all eigenvalues
+    if not cond < 1e14:
         raise UserError("the closed form has no unique solution: fewer rows than dimensions; use lambda2 > 0")
     # Eq. (7): Δ = Σ (e* − e) eᵀ · B⁻¹
-    delta = torch.cholesky_solve(E.T @ (E_star - E), torch.linalg.cholesky(B)).T
-    return delta, high / low
+    return torch.cholesky_solve(E.T @ (E_star - E), torch.linalg.cholesky(B)).T, cond
 
 
 def edited(W0: dict[str, Tensor], delta: Tensor) -> dict[str, Tensor]:
-    """W = W₀ + W₀ Δ for every matrix, float64 inside, float32 out."""
-    return {name: (W.double() + W.double() @ delta).float() for name, W in W0.items()}
+    """W = W₀ + W₀ Δ for every matrix, in float32: only the solve needs more."""
+    return {name: W.float() + W.float() @ delta.float() for name, W in W0.items()}
 
 
 def change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> float:
@@ -237,6 +236,7 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
     """Algorithm 1, lines 25–31: train the network's LoRA on Eqs. 8 and 9 in turn. Returns both losses, before
     and after, on latents and perturbations that were held out: {"Eq. 8": [before, after], "Eq. 9": […]}."""
     unet, held_out = model.unet, max(1, s.trajectories // 4)
+    W0 = {name: W.to(unet.get_parameter(name)) for name, W in W0.items()}     # so that a swap copies nothing
 
     def eps(z: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return unet(z.to(model.dtype), t, c.to(model.dtype).to(model.device)).float()

@@ -79,7 +79,7 @@ class Model:
         with tqdm(total=len(prompts) * steps, desc="drawing", unit="step", leave=False, disable=None) as bar:
             for i in range(0, len(prompts), batch):
                 c = torch.stack([rows[prompt] for prompt in prompts[i:i + batch]])
-                context = torch.cat([rows[""].expand_as(c), c])                      # [2B, T, D]
+                context = self.unet.read(torch.cat([rows[""].expand_as(c), c]))      # of [2B, T, D]
 
                 def eps(z: Tensor, t: int) -> Tensor:
                     bar.update(len(c))

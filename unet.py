@@ -98,11 +98,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width))                         # key: to_out.0
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.to_k(context), self.to_v(context)                                # [B, T, C] each
+
+    def forward(self, x: Tensor, context: Tensor | dict) -> Tensor:
         def split(y: Tensor) -> Tensor:
             return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)                 # [B, heads, L, C/heads]
-        y = F.scaled_dot_product_attention(split(self.to_q(x)), split(self.to_k(context)),
-                                           split(self.to_v(context)))
+        k, v = context[self] if isinstance(context, dict) else self.keys_values(context)
+        y = F.scaled_dot_product_attention(split(self.to_q(x)), split(k), split(v))
         return self.to_out(y.transpose(1, 2).flatten(2))                             # [B, L, C]
 
 
@@ -244,7 +247,13 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, width, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
+    def read(self, context: Tensor) -> dict[Attention, tuple[Tensor, Tensor]]:
+        """The text's keys and values, which `forward` takes in place of context [B, T, D]: as long as neither
+        text nor weights change, they need computing only once."""
+        return {block.attn2: block.attn2.keys_values(context) for block in self.modules()
+                if isinstance(block, TransformerBlock)}
+
+    def forward(self, x: Tensor, t: Tensor | int, context: Tensor | dict) -> Tensor:
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])                   # [B]
         time = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(x.dtype))
         x = self.conv_in(x)

@@ -368,7 +368,8 @@ def test_readme_has_commands():
 
 
 def test_every_command_of_the_readme_runs(tmp_path):
-    """With fewer steps and pictures; what needs SD v1.4, CIFAR-10 or long has only its flags checked."""
+    """With fewer steps and pictures; what needs SD v1.4, CIFAR-10 or long, and what test_scores.py and
+    test_bench.py run, has only its flags checked."""
     os.symlink(MINI, tmp_path / "mini")
     shown = functools.cache(lambda script: run(script, "--help", cwd=tmp_path).stdout)
     (tmp_path / "mine.csv").write_text("prompt,seed\na photo of the ship,1\n")
@@ -380,7 +381,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
             done = subprocess.run([sys.executable, *target, "--help"], capture_output=True, text=True)
             assert done.returncode == 0
             assert all(flag in done.stdout for flag in args if flag.startswith("--")), command
-        elif "CompVis/stable-diffusion-v1-4" in args or script == "tables.py":       # see test_scores.py
+        elif "CompVis/stable-diffusion-v1-4" in args or script in ("tables.py", "bench.py"):
             assert all(flag in shown(script) for flag in args if flag.startswith("--")), command
         else:
             quick = [*QUICK, "--no-pictures", "--overwrite"]

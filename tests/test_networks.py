@@ -17,6 +17,7 @@ from torch import nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import files
+from bench import full_size
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from eval_clip import CLIP, MEAN, STD
 from files import UserError
@@ -593,9 +594,8 @@ def test_pickle_is_refused_and_the_printed_command_converts_it(unet_folder, monk
 @pytest.mark.slow
 def test_full_size_numbers():
     """Random weights; matrices keep their own start, as noise on 859 million of them would explode."""
-    def full(make):
-        torch.manual_seed(0)
-        network = make().eval().requires_grad_(False)
+    def full(part):
+        network = full_size(part).eval().requires_grad_(False)
         for parameter in network.parameters():
             if parameter.ndim == 1:
                 parameter += 0.05 * torch.randn_like(parameter)
@@ -607,16 +607,16 @@ def test_full_size_numbers():
         ours.load_state_dict(theirs.state_dict(), assign=True)     # shares the memory
         return ours.eval().requires_grad_(False)
 
-    theirs = full(FULL["text"][-1])
+    theirs = full("text_encoder")
     ids = torch.randint(49408, (2, 77))
     context = twin(CLIPTextModel, theirs)(ids)
     near(context, theirs(ids).last_hidden_state)
 
     # In float32 theirs and ours are each about 2e-5 from the float64 result: so both in float64 here.
-    theirs = full(FULL["vae"][-1]).double()
+    theirs = full("vae").double()
     ours, x, z = twin(VAE, theirs), torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 4, 8, 8)
     near(ours.encode(x.double())[0], theirs.encode(x.double()).latent_dist.mean)
     near(ours.decode(z.double()), theirs.decode(z.double()).sample)
 
-    theirs = full(FULL["unet"][-1])
+    theirs = full("unet")
     near(twin(UNet, theirs)(z, 981, context[:1]), theirs(z, 981, context[:1]).sample)

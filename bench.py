@@ -1,0 +1,320 @@
+"""How fast: ours beside diffusers and transformers in one run, and beside what the hardware allows.
+
+    python bench.py --only unet-1 closed-form                    # mini/
+    python bench.py --size full --device cuda --dtype bfloat16   # SD v1.4's size, random weights
+
+Times are medians (min–max) of --runs calls after a warm-up. Ours and theirs take turns, so that a busy
+machine slows both, and the ratio is that of each pair. The floor is the FLOP of our matrix products,
+convolutions and attention over the rate of a large matrix product, the first row. GiB is what a call adds to
+memory at its peak: by CUDA's allocator or, on a CPU under Linux, where a row runs in a process of its own.
+The full-size folder, 4.3 GB, is made once, in out/bench/full.
+"""
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from functools import cached_property, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+import realera
+from clip_text import CLIPTextConfig, CLIPTextModel
+from command import DTYPES, command_line, pick_device
+from concepts import make_pairs
+from eval_clip import write_tables
+from files import MINI, UserError, cross_attention, whole_folder
+from lora import add_lora
+from metrics import as_markdown
+from sample import Model, Text
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+try:
+    import diffusers
+    import transformers
+except ImportError:                                               # `main` says what to do
+    diffusers = None
+
+for direction in ("", "_backward"):                               # torch counts attention on GPUs only
+    flop_registry[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{direction}")] = \
+        flop_registry[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{direction}")]
+PROMPT = "a photo of an airplane"
+
+
+def full_size(part: str):
+    """SD v1.4's `unet`, `vae` or `text_encoder` as diffusers or transformers make it: float32, random."""
+    torch.manual_seed(0)
+    if part == "unet":
+        return diffusers.UNet2DConditionModel(**asdict(UNetConfig()))
+    if part == "vae":
+        return diffusers.AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=[
+            "UpDecoderBlock2D"] * 4, **asdict(VAEConfig()))
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**asdict(CLIPTextConfig())))
+
+
+def make_full_size(folder: Path) -> None:
+    """Write a model folder of SD v1.4's size; tokenizer and scheduler are mini's, with 77 tokens."""
+    parts = {part: full_size(part) for part in ("text_encoder", "unet", "vae")}
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(MINI, **parts)
+    pipe.tokenizer.model_max_length = 77
+    with whole_folder(folder) as new:
+        pipe.save_pretrained(new)
+
+
+def measured(run: Callable, device: torch.device) -> tuple[float, float | None]:
+    """Seconds of run(), on CUDA also the GiB it adds. What runs in a process of its own returns both."""
+    if cuda := device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before, start = cuda and torch.cuda.memory_allocated(), time.perf_counter()
+    found = run()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 30 if cuda else None
+    return found if isinstance(found, tuple) else (seconds, peak)
+
+
+def flops(run: Callable) -> int:
+    """FLOP of the matrix products, convolutions and attention in run(), gradients included."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def compare(title: str, ours: Callable, theirs: Callable | None, runs: int, device: torch.device) -> dict:
+    """A row of the table: warm up, then take turns. Times and ratio are [median, min, max]."""
+    sides, count = {"ours": ours} | ({"theirs": theirs} if theirs else {}), flops(ours)
+    if theirs:
+        theirs()
+    rounds = [{side: measured(run, device) for side, run in sides.items()} for _ in range(runs)]
+    found = {f"{side}, ms": [1e3 * r[side][0] for r in rounds] for side in sides}
+    found["ours / theirs, %"] = [100 * r["ours"][0] / r["theirs"][0] for r in rounds if theirs]
+    row = {"": title} | {name: [statistics.median(x), min(x), max(x)] for name, x in found.items() if x}
+    row |= {f"{side}, GiB": round(statistics.median(r[side][1] for r in rounds), 3)
+            for side in sides if rounds[0][side][1] is not None}
+    return row | ({"GFLOP": round(count / 1e9, 3)} if count else {})
+
+
+CHILD = """
+from bench import *
+folder, device, dtype = Path({folder!r}), torch.device({device!r}), {dtype}
+def held():                                     # on Linux; getrusage would count the parent process, too
+    lines = open("/proc/self/status").readlines() if Path("/proc/self/status").exists() else []
+    return next((int(line.split()[1]) / 2 ** 20 for line in lines if line.startswith("VmHWM")), None)
+def run():
+    {code}
+before, (seconds, peak) = held(), measured(run, device)
+print(json.dumps([seconds, peak or before and held() - before]))
+"""
+
+
+def loop_over_layers(W0: dict[str, Tensor], E: Tensor, E_star: Tensor, P: Tensor, lambda1: float,
+                     lambda2: float, rows: int, outer: bool) -> dict[str, Tensor]:
+    """Eq. 7 as UCE, MACE and RECE compute it: for each matrix its own sums over blocks of `rows` rows, and an
+    explicit inverse, in its arguments' dtype. `outer`: an outer product a row; else one product a block."""
+    def gram(a: Tensor, b: Tensor) -> Tensor:
+        return (a[:, :, None] @ b[:, None, :]).sum(0) if outer else a.T @ b
+
+    ridge, new = lambda2 * (E.square().sum() + lambda1 * P.square().sum()) / E.shape[1], {}
+    for name, W in W0.items():
+        top, B = ridge * W, ridge * torch.eye(E.shape[1], dtype=E.dtype)
+        for weight, keys, targets in ((1, E, E_star), (lambda1, P, P)):
+            for e, e_star in zip(keys.split(rows), targets.split(rows)):
+                top = top + weight * gram(e_star @ W.T, e)                           # [out, D]
+                B = B + weight * gram(e, e)                                          # [D, D]
+        new[name] = top @ torch.inverse(B)
+    return new
+
+
+def distance(W: dict[str, Tensor], exact: dict[str, Tensor], W0: dict[str, Tensor]) -> float:
+    """‖W − exact‖ / ‖exact − W0‖ over all matrices: an edit's error in units of the edit."""
+    off, moved = (sum((exact[k] - X[k].double()).square().sum().item() for k in exact) for X in (W, W0))
+    return (off / moved) ** 0.5
+
+
+class Rows:
+    """What to time: (ours, theirs), functions without arguments. Models are loaded when first needed."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, steps: int):
+        self.folder, self.device, self.dtype, self.steps = folder, device, dtype, steps
+
+    @cached_property
+    def model(self) -> Model:
+        return Model(self.folder, self.device, self.dtype)
+
+    @cached_property
+    def pipe(self):
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype)
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(self.device)
+
+    def random(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Latents [batch, 4, h, w] and text rows [batch, T, D]."""
+        z, rows = self.model.noise(list(range(batch))), self.model.text(["x"]).expand(batch, -1, -1)
+        return z.to(self.device, self.dtype), torch.randn(rows.shape).to(self.device, self.dtype)
+
+    def unet(self, batch: int):
+        x, context = self.random(batch)
+        return lambda: self.model.unet(x, 500, context), lambda: self.pipe.unet(x, 500, context).sample
+
+    def text(self, prompts: int):
+        encoder = CLIPTextModel.from_pretrained(self.folder / "text_encoder", self.dtype, self.device)
+        ids = self.model.text.tokenizer([f"{PROMPT} {i}" for i in range(prompts)]).to(self.device)
+        return lambda: encoder(ids), lambda: self.pipe.text_encoder(ids).last_hidden_state
+
+    def vae(self):
+        z, _ = self.random(1)
+        return lambda: self.model.vae.decode(z), lambda: self.pipe.vae.decode(z).sample
+
+    def picture(self):
+        (z, _), numbers = self.random(1), self.model.defaults
+        return (lambda: self.model.draw([PROMPT], [0], self.steps),
+                lambda: self.pipe(PROMPT, latents=z, num_inference_steps=self.steps, output_type="pt",
+                                  guidance_scale=numbers["guidance"], height=numbers["size"],
+                                  width=numbers["size"]).images)
+
+    def child(self, code: str) -> Callable:
+        """A function: seconds and added GiB of `code` in a new Python that has imported both sides."""
+        code = CHILD.format(code=code, folder=str(self.folder.resolve()), device=str(self.device),
+                            dtype=self.dtype)
+        path = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent)}
+
+        def run() -> tuple[float, float | None]:
+            with tempfile.TemporaryDirectory() as empty:
+                done = subprocess.run([sys.executable, "-c", code], cwd=empty, env=path, capture_output=True,
+                                      text=True)
+            if done.returncode:
+                raise UserError(f"a process to measure failed: {done.stderr.strip()[-300:]}")
+            return tuple(json.loads(done.stdout.splitlines()[-1]))
+        return run
+
+    def load(self, then: str = ""):
+        """Text encoder, UNet and VAE. Both sides map the files into memory; only ours reads them, for NaN."""
+        return self.child(LOAD_OURS + then), self.child(LOAD_THEIRS + then)
+
+    def closed_form(self, outer: bool):
+        """One concept, M = 5, N = 3, and the empty prompt; without the text encoder."""
+        text, s, W0 = Text(self.folder), realera.Settings(), cross_attention(self.folder)
+        pairs, stay = make_pairs(["airplane"], ["sky"], "object", text, s.rows, 0), text([""])
+        E, E_star, P = realera.mine(pairs[0], s)
+        P = torch.cat([P, stay[0].double()])
+        def loop(dtype: torch.dtype, outer: bool) -> dict[str, Tensor]:
+            W, rows = {name: W.to(dtype) for name, W in W0.items()}, (x.to(dtype) for x in (E, E_star, P))
+            return loop_over_layers(W, *rows, s.lambda1, s.lambda2, pairs[0].n, outer)
+
+        sides = (lambda: realera.edited(W0, realera.erase_in_closed_form(pairs, stay, s)[0]),
+                 lambda: loop(torch.float32, outer))
+        exact = loop(torch.float64, outer=False)
+        errors = [f"{distance(side(), exact, W0):.1e}" for side in sides]
+        print(f"closed form, error in units of ‖ΔW‖: ours {errors[0]}, theirs {errors[1]}")
+        return sides
+
+    def lora_step(self):
+        """An even step: the teacher's prediction, two of the student's, gradients, Adam."""
+        import peft                                               # only needed here, and slow to import
+        s, W0, folder = realera.Settings(), cross_attention(self.folder), self.folder / "unet"
+        unet = UNet.from_pretrained(folder, self.dtype, self.device)
+        add_lora(unet, s.rank)
+        peer = diffusers.UNet2DConditionModel.from_pretrained(folder, dtype=self.dtype).to(self.device)
+        peer.add_adapter(peft.LoraConfig(r=s.rank, target_modules=["attn2.to_k", "attn2.to_v"]))
+        (z, near), (target, beyond) = self.random(s.batch), self.random(s.batch)
+        @contextlib.contextmanager
+        def adapters_off():
+            peer.disable_adapters()
+            yield
+            peer.enable_adapters()
+
+        @torch.enable_grad()
+        def step(eps: Callable, teacher: Callable, optimizer: torch.optim.Optimizer) -> None:
+            optimizer.zero_grad()
+            with torch.no_grad(), teacher():
+                still = eps(z, 500, beyond)
+            realera.noise_alignment_loss(eps, z, 500, target, near, beyond, still).backward()
+            optimizer.step()
+
+        adam, adam_peer = (torch.optim.Adam([p for p in network.parameters() if p.requires_grad], s.lr)
+                           for network in (unet, peer))
+        return (partial(step, unet, lambda: realera.original(unet, W0), adam),
+                partial(step, lambda *inputs: peer(*inputs).sample, adapters_off, adam_peer))
+
+    def erasure(self):
+        """realera.py without pictures: on a CPU the closed form alone, on a GPU the default 200 steps too."""
+        few = " + ['--lora-steps', '0']" * (self.device.type == "cpu")
+        return self.child(f"{ERASE}{few}; realera.main()"), None
+
+
+LOAD_OURS = """networks = [kind.from_pretrained(folder / part, dtype, device) for part, kind in (
+        ("text_encoder", CLIPTextModel), ("unet", UNet), ("vae", VAE))]"""
+LOAD_THEIRS = """networks = [kind.from_pretrained(folder / part, dtype=dtype).to(device) for part, kind in (
+        ("text_encoder", transformers.CLIPTextModel), ("unet", diffusers.UNet2DConditionModel),
+        ("vae", diffusers.AutoencoderKL))]"""
+READ = "; [parameter.sum() for network in networks for parameter in network.parameters()]"
+ERASE = """sys.argv = ["", "--concept", "airplane", "--anchor", "sky", "--no-pictures",
+        "--model", str(folder), "--device", str(device), "--dtype", str(dtype)[6:]]"""
+
+ROWS = {
+    "unet-1": ("UNet, batch 1", Rows.unet, 1), "unet-2": ("UNet, batch 2", Rows.unet, 2),
+    "unet-8": ("UNet, batch 8", Rows.unet, 8), "text-1": ("CLIP text, 1 prompt", Rows.text, 1),
+    "text-77": ("CLIP text, 77 prompts", Rows.text, 77), "vae": ("VAE decode, 1 picture", Rows.vae),
+    "picture": ("DDIM picture with guidance, {steps} steps", Rows.picture),
+    "load": ("loading", Rows.load), "load-read": ("loading, then reading every weight", Rows.load, READ),
+    "closed-form": ("closed form; theirs: a loop of outer products", Rows.closed_form, True),
+    "closed-form-gram": ("closed form; theirs: a loop of matrix products", Rows.closed_form, False),
+    "lora-step": ("LoRA step, batch 8", Rows.lora_step), "erasure": ("whole erasure", Rows.erasure)}
+MINUTES = ("unet-8", "picture", "lora-step")                      # a call at full size on a CPU
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("mini", "full"), default="mini", help="which model (default mini)")
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME",
+                        help=f"of {', '.join(ROWS)} (default: all, but at full size on a CPU not "
+                             f"{', '.join(MINUTES)}: minutes a call)")
+    parser.add_argument("--runs", type=int, default=5, help="timed calls a side (default 5)")
+    parser.add_argument("--steps", type=int, default=25, help="of the picture (default 25)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of both sides (default float32)")
+    args = parser.parse_args()
+    if diffusers is None or not find_spec("peft"):
+        raise UserError("diffusers, transformers or peft is missing: pip install -r requirements-test.txt")
+    if min(args.runs, args.steps) < 1:
+        raise UserError("--runs and --steps must be at least 1")
+    for library in (diffusers, transformers):
+        library.logging.set_verbosity_error(), library.logging.disable_progress_bar()
+    device, dtype, out = pick_device(args.device), DTYPES[args.dtype], Path("out/bench")
+    folder = out / "full" if args.size == "full" else Path(MINI)
+    if not folder.exists():
+        make_full_size(folder)
+    slow = MINUTES if args.size == "full" and device.type == "cpu" else ()
+    rows, n = Rows(folder, device, dtype, args.steps), 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n).to(device, dtype)
+    table = [compare(f"product of two {n}×{n} matrices, {args.dtype}, {torch.get_num_threads()} threads",
+                     lambda: [a @ b], None, 10, device)]
+    rate = table[0]["GFLOP"] / table[0]["ours, ms"][1]            # the best of ten
+    for name in args.only or [name for name in ROWS if name not in slow]:
+        title, make, *how = ROWS[name]
+        print(f"{name} …", file=sys.stderr)
+        row = compare(title.format(steps=args.steps), *make(rows, *how), args.runs, device)
+        table.append(row | ({"floor, ms": round(row["GFLOP"] / rate, 2)} if "GFLOP" in row else {}))
+    out.mkdir(parents=True, exist_ok=True)
+    write_tables(out, f"{args.size}-{device.type}", table)
+    print(f"{as_markdown(table)}\nwrote {out / args.size}-{device.type}.md, .csv and .json")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,187 @@
+"""bench.py as a user runs it; its baseline, counts and errors; and each trick that makes ours fast."""
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import command
+import files
+from files import MINI, cross_attention, put_weights
+from lora import add_lora, lora_layers, lora_off
+from sample import Model
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def run(*args, cwd, **more):
+    return subprocess.run([sys.executable, ROOT / "bench.py", *map(str, args)], cwd=cwd, capture_output=True,
+                          text=True, **more)
+
+
+# ---- the command ----
+
+def test_a_short_run_prints_and_writes_a_table(tmp_path):
+    done = run("--only", "unet-1", "closed-form", "--runs", 2, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    product, unet, edit = json.loads((tmp_path / "out/bench/mini-cpu.json").read_text())
+    assert product["GFLOP"] == pytest.approx(2 * 2048 ** 3 / 1e9, abs=1e-3)
+    for row in (unet, edit):
+        for name in ("ours, ms", "theirs, ms", "ours / theirs, %"):
+            middle, low, high = row[name]
+            assert 0 < low <= middle <= high
+        ratio = sorted([row["ours / theirs, %"][1], row["ours / theirs, %"][2]])
+        assert ratio[0] <= 100 * row["ours, ms"][2] / row["theirs, ms"][1]
+        assert row["floor, ms"] == pytest.approx(
+            row["GFLOP"] * product["ours, ms"][1] / product["GFLOP"], rel=0.01, abs=0.01)
+    table = (tmp_path / "out/bench/mini-cpu.md").read_text()
+    assert table in done.stdout and "| UNet, batch 1 |" in table
+    rows = list(csv.DictReader((tmp_path / "out/bench/mini-cpu.csv").open()))
+    assert float(rows[1]["ours, ms"]) == unet["ours, ms"][0]
+    errors = re.search(r"‖ΔW‖: ours (\S+), theirs (\S+)", done.stdout)
+    ours, theirs = map(float, errors.groups())
+    assert ours <= 1e-6 <= theirs
+
+
+@pytest.mark.parametrize("args, match", [
+    (["--runs", "0"], "--runs"), (["--steps", "0"], "--steps"), (["--device", "cuda"], "not available")])
+def test_bad_input_is_one_line_and_writes_nothing(args, match, tmp_path, monkeypatch, capsys):
+    if "cuda" in args and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench.py", *args])
+    with pytest.raises(SystemExit) as end:
+        command.command_line(bench.main)
+    assert end.value.code == 2 and match in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_without_diffusers_it_says_what_to_install(tmp_path):
+    (tmp_path / "diffusers.py").write_text("raise ImportError")
+    done = run(cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "pip install -r requirements-test.txt" in done.stderr
+
+
+# ---- what it counts and measures ----
+
+@pytest.mark.parametrize("run, expected", [
+    (lambda: torch.nn.Linear(6, 5)(torch.ones(3, 6)), 2 * 3 * 6 * 5),
+    (lambda: torch.nn.Conv2d(3, 7, 3, padding=1)(torch.ones(2, 3, 8, 8)), 2 * 2 * 8 * 8 * 7 * 3 * 9),
+    (lambda: torch.nn.functional.scaled_dot_product_attention(*torch.ones(3, 2, 4, 16, 8)),
+     2 * (2 * 2 * 4 * 16 * 16 * 8)),                               # q kᵀ and (q kᵀ) v
+    (lambda: torch.ones(3, 6) + 1, 0)])
+def test_flop_equal_a_count_by_hand(run, expected):
+    assert bench.flops(run) == expected
+
+
+def test_flop_of_the_gradient_are_counted():
+    weight, x = torch.ones(6, 5, requires_grad=True), torch.ones(3, 6)
+    assert bench.flops(lambda: (x @ weight).sum().backward()) == 2 * (2 * 3 * 6 * 5)
+
+
+def test_both_sides_take_turns_after_a_warm_up():
+    calls = []
+    row = bench.compare("row", lambda: calls.append("ours"), lambda: calls.append("theirs"), 3, CPU)
+    assert calls == ["ours", "theirs"] * 4 and "ours, GiB" not in row and "GFLOP" not in row
+
+
+def test_a_process_of_its_own_tells_its_seconds_and_what_it_adds_to_memory(tmp_path):
+    rows = bench.Rows(Path(MINI), CPU, torch.float32, 1)
+    seconds, gib = rows.child("time.sleep(0.2); x = torch.ones(2 ** 26)")()
+    assert 0.2 <= seconds < 10
+    if Path("/proc/self/status").exists():
+        assert gib == pytest.approx(0.25, abs=0.05)
+
+
+def test_a_process_that_fails_is_an_error(monkeypatch):
+    monkeypatch.setattr(bench, "CHILD", "{code}")
+    with pytest.raises(files.UserError, match="ZeroDivisionError"):
+        bench.Rows(Path(MINI), CPU, torch.float32, 1).child("1 / 0")()
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_the_peers_loop_solves_equation_7(outer):
+    """Every sum written out row by row in float64, for blocks that do not divide the rows."""
+    torch.manual_seed(0)
+    E, E_star, P = torch.randn(3, 9, 6, dtype=torch.float64)
+    W0 = {"a": torch.randn(4, 6, dtype=torch.float64), "b": torch.randn(5, 6, dtype=torch.float64)}
+    B = sum(torch.outer(e, e) for e in E) + 0.3 * sum(torch.outer(p, p) for p in P)
+    ridge = 0.2 * B.trace() / 6 * torch.eye(6, dtype=torch.float64)
+    found = bench.loop_over_layers(W0, E, E_star, P, 0.3, 0.2, 4, outer)
+    for name, W in W0.items():
+        right = sum(torch.outer(W @ e_star, e) for e, e_star in zip(E, E_star))
+        right += 0.3 * sum(torch.outer(W @ p, p) for p in P) + W @ ridge
+        assert torch.allclose(found[name] @ (B + ridge), right, atol=1e-9)
+    assert bench.distance(found, found, W0) == 0
+    assert bench.distance(W0, found, W0) == pytest.approx(1)
+
+
+# ---- what makes ours faster ----
+
+PROMPT, T = ["a photo of an airplane"], 5
+
+
+@pytest.fixture
+def model():
+    return Model(Path(MINI))
+
+
+def without_cache(model):
+    """The model's picture if every step computes the text's keys and values anew."""
+    model.unet.read = lambda context: context
+    try:
+        return model.draw(PROMPT, [1], steps=3)
+    finally:
+        del model.unet.read
+
+
+def test_keys_and_values_computed_once_change_no_bit(model):
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 32, 256)
+    with torch.no_grad():
+        assert torch.equal(model.unet(x, T, model.unet.read(context)), model.unet(x, T, context))
+    assert torch.equal(model.draw(PROMPT, [1], steps=3), without_cache(model))
+
+
+def test_keys_and_values_are_never_those_of_an_earlier_edit_or_lora(model):
+    """One model drawing in turn untouched, edited, with LoRA, without: every picture is the uncached one."""
+    W0, pictures = cross_attention(MINI), []
+
+    def draw():
+        pictures.append(model.draw(PROMPT, [1], steps=3))
+        assert torch.equal(pictures[-1], without_cache(model))
+    draw()
+    put_weights(model.unet, {name: 0.5 * W.float() for name, W in W0.items()})
+    draw()
+    add_lora(model.unet, 2)
+    for layer in lora_layers(model.unet).values():
+        layer.lora_B.data.fill_(0.3)
+    draw()
+    with lora_off(model.unet):
+        draw()
+    put_weights(model.unet, W0)
+    with lora_off(model.unet):
+        draw()
+    untouched, edited, lora, off, again = pictures
+    assert torch.equal(edited, off) and torch.equal(untouched, again)
+    assert (untouched - edited).abs().max() > 0.01 and (edited - lora).abs().max() > 0.01
+
+
+def test_loading_draws_no_weights_and_does_not_import_the_compiler():
+    """torch.compile's machinery takes longer to import than the text encoder to load."""
+    code = ("import sys, torch; from sample import Model; from pathlib import Path; torch.manual_seed(0);"
+            f"Model(Path({MINI!r})); a = torch.rand(1); torch.manual_seed(0);"
+            "assert torch.equal(a, torch.rand(1)) and 'torch._dynamo' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_layers_still_draw_their_weights_elsewhere():
+    with files.NoInit():
+        pass
+    torch.manual_seed(0)
+    assert torch.nn.Embedding(50, 20).weight.std().item() == pytest.approx(1, abs=0.1)
