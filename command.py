@@ -36,8 +36,8 @@ def fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def erasing_args(doc: str, settings_class, own: dict[str, str]) -> argparse.Namespace:
-    """The flags of every method that erases, its `own` integers (flag -> help), and --set."""
+def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str = "") -> argparse.Namespace:
+    """The flags of every method that erases, its `own` (flag -> add_argument's keywords), and --set."""
     settings = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(settings_class))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=f"settings and their defaults: {settings}")
@@ -59,14 +59,14 @@ def erasing_args(doc: str, settings_class, own: dict[str, str]) -> argparse.Name
                         help="of U-Net and VAE; text encoder and algebra keep theirs (default float32)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
                         help="change settings, such as --set D1=0.8 M=3; they are listed below")
-    for flag, explanation in own.items():
-        parser.add_argument(flag, type=int, help=explanation)
+    for flag, keywords in own.items():
+        parser.add_argument(flag, **keywords)
     args = parser.parse_args()
     if args.n < 1:
         raise UserError("--n must be at least 1; --no-pictures draws none")
     if args.export_lora is not None and args.export_lora < 1:
         raise UserError("--export-lora is a rank: at least 1")
-    args.out = args.out or edit_name(args.concept)
+    args.out = args.out or edit_name(args.concept, suffix)
     if args.preview:
         if args.export or args.export_lora:
             raise UserError("--preview writes nothing: leave out --export and --export-lora")
@@ -174,9 +174,9 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
 
 
-def edit_name(concepts: list[str]) -> Path:
+def edit_name(concepts: list[str], suffix: str = "") -> Path:
     """out/van-gogh, out/airplane+ship: where an edit goes if --out does not say."""
-    return Path("out") / ("+".join(map(slug, concepts)) or "edit")
+    return Path("out") / (("+".join(map(slug, concepts)) or "edit") + suffix)
 
 
 def free_name(path: Path) -> Path:

@@ -142,6 +142,14 @@ class CLIP(nn.Module):
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]      # of CLIP's training pictures
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
+
+def names_to_choose(pairs) -> list[str]:
+    """What CLIP chooses among when an edit is looked at: classes, scenes, concepts and anchors."""
+    book = read_json(BOOK)
+    named = [name for pair in pairs for name in (pair.concept, pair.anchor) if name]
+    return list(dict.fromkeys([*book["classes"], *book["scenes"], *named]))
+
+
 def before_after(model, W0: dict[str, Tensor], W: dict[str, Tensor], pairs, n: int, seed: int):
     """Draw with the original and with the edited matrices, n pictures a prompt, from the same seeds.
 
@@ -157,9 +165,7 @@ def before_after(model, W0: dict[str, Tensor], W: dict[str, Tensor], pairs, n: i
             drawn[when] = model.draw(prompts, [seed + i for _ in watched for i in range(n)])
     table = [{"prompt": prompt, "wanted": wanted} for wanted, prompt in watched]
     if (model.folder / "clip").is_dir():
-        clip, book = CLIP.from_pretrained(model.folder / "clip"), read_json(BOOK)
-        names = dict.fromkeys([*book["classes"], *book["scenes"], *(p.concept for p in pairs)])
-        names = list(names | dict.fromkeys(pair.anchor for pair in pairs if pair.anchor))
+        clip, names = CLIP.from_pretrained(model.folder / "clip"), names_to_choose(pairs)
         print(f"\nCLIP's first choice of {len(names)} names, {n} pictures a prompt")
         print(f"{'prompt':<28}{'before':<32}after")
         for when, pictures in drawn.items():

@@ -277,7 +277,8 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
 
 def main() -> None:
     from sample import Model, Text                                # the method above needs no network of ours
-    args = erasing_args(__doc__, Settings, {"--lora-steps": "0: closed form only (default 200, section 5)"})
+    args = erasing_args(__doc__, Settings, {"--lora-steps": {
+        "type": int, "help": "0: closed form only (default 200, section 5)"}})
     s, clock = parse_settings(Settings, args.set, lora_steps=args.lora_steps), Clock()
     device, folder = pick_device(args.device), model_folder(args.model)
     text, model, losses = Text(folder), None, {}

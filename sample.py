@@ -63,23 +63,27 @@ class Model:
                                         generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     @torch.no_grad()
-    def draw(self, prompts: list[str], seeds: list[int], steps: int | None = None,
+    def draw(self, prompts: list[str] | Tensor, seeds: list[int], steps: int | None = None,
              guidance: float | None = None, sampler: str = "ddim", batch: int | None = None) -> Tensor:
-        """B prompts and B seeds -> pictures [B, 3, H, W] in [0, 1], float32, on the CPU. Shows progress.
-
-        What is None is the model's default. Raises UserError for an impossible number of steps.
+        """B prompts, or their rows [B, T, D], and B seeds -> pictures [B, 3, H, W] in [0, 1], float32, on the
+        CPU. Shows progress. What is None is the model's default. Raises UserError for impossible steps.
         """
         steps = self.defaults["steps"] if steps is None else steps
         guidance = self.defaults["guidance"] if guidance is None else guidance
         side = self.defaults["size"] // self.vae.factor
         batch = batch or max(1, 8192 // side ** 2)                # 32 of mini's pictures, 2 of SD's
-        unique = list(dict.fromkeys(["", *prompts]))
-        rows = dict(zip(unique, self.text(unique).to(self.device, self.dtype)))
+        if isinstance(prompts, Tensor):
+            empty, rows = self.text([""]), prompts
+        else:
+            unique = list(dict.fromkeys(["", *prompts]))
+            encoded = self.text(unique)
+            empty, rows = encoded[:1], encoded[[unique.index(prompt) for prompt in prompts]]
         pictures = []
         with tqdm(total=len(prompts) * steps, desc="drawing", unit="step", leave=False, disable=None) as bar:
             for i in range(0, len(prompts), batch):
-                c = torch.stack([rows[prompt] for prompt in prompts[i:i + batch]])
-                context = self.unet.read(torch.cat([rows[""].expand_as(c), c]))      # of [2B, T, D]
+                c = rows[i:i + batch]
+                both = torch.cat([empty.to(c.device).expand_as(c), c]).to(self.device, self.dtype)
+                context = self.unet.read(both)                                       # of [2B, T, D]
 
                 def eps(z: Tensor, t: int) -> Tensor:
                     bar.update(len(c))

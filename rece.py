@@ -1,0 +1,172 @@
+"""RECE: erase a concept, derive what would bring it back, erase that too, and again.
+
+Paper: Gong et al. 2024, "Reliable and Efficient Concept Erasure of Text-to-Image Diffusion Models".
+
+    python rece.py --concept airplane                              # towards "", three rounds
+    python rece.py --concept airplane --anchor sky --rounds 1
+    python rece.py --concept airplane --anchor sky --edit out/airplane          # on top of RealEra
+    python rece.py --concept "van gogh" --task style --rounds 1 --lambda 1e-3 \\
+        --model CompVis/stable-diffusion-v1-4
+
+All closed forms, and all in one matrix: every cross-attention matrix becomes W₁ T, where W₁ are the weights
+of the start (the original's W₀, or an edit's) and T is [D, D]. A round needs two sums over the matrices:
+
+    G = Σ W₁ᵀ W₁,  C = Σ W₁ᵀ W₀                     [D, D], once
+    e_adv = (Tᵀ G T + λ I)⁻¹ (Tᵀ C e + λ e′)        what makes W₁ T do what W₀ does on e
+    T ← T (I + Δ),  Δ = s_e Σ (e_t − e_adv) e_advᵀ (s_e Σ e_adv e_advᵀ + s_p Σ r rᵀ + l₁ I)⁻¹
+
+The last is Eq. 7 again. e′ is 0 or the target ("regularizer"), e_t the target's rows, r those of "". The
+authors' λ and rounds, in the units of SD v1.4's text space: 1e-1 and 3 for nudity, 1e-1 and 2 for other
+unsafe concepts, 1e-3 and 1 for styles and hard objects, 1e-1 and 1 for easy objects. Nothing guarantees that
+what an attack regains falls from round to round; it is printed.
+"""
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from command import (DTYPES, Clock, command_line, erasing_args, finish, parse_settings, pick_device,
+                     say_numbers)
+from concepts import drifts, make_pairs, preserved_prompts, preview
+from files import (UserError, about_edit, cross_attention, grid, model_folder, put_weights, read_edit,
+                   whole_folder, write_png)
+from realera import change, closed_form, edited
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The authors' values; sums are over rows of the text encoder in its own units, unlike realera.py's."""
+    rounds: int = 3             # of deriving and erasing; 0: the start alone
+    lam: float = 0.1            # --lambda: how far the derived embedding is held back
+    regularizer: str = "zero"   # the derived embedding is drawn to: zero, or the target's embedding
+    l1: float = 0.1             # ridge of a round
+    erase: float = 1.0          # weight of the rows to erase
+    retain: float = 0.1         # weight of the rows of "", which must stay
+    start_l1: float = 0.5       # the same three for the first erasure, of the concept's own rows
+    start_erase: float = 1.0
+    start_retain: float = 1.0
+    real_prompts: bool = False  # True: realera.py's real prompts must stay, too; the authors keep "" alone
+
+    def __post_init__(self):
+        weights = (self.lam, self.l1, self.start_l1)
+        if self.rounds < 0 or min(weights) <= 0 or min(self.erase, self.retain, self.start_erase,
+                                                       self.start_retain) < 0:
+            raise UserError("the settings need rounds at least 0, ridges (lambda, l1, start_l1) above 0 and "
+                            "weights at least 0")
+        if self.regularizer not in ("zero", "target"):
+            raise UserError(f"the settings need regularizer = zero or target, not {self.regularizer}")
+
+
+def gram(W: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
+    """Σ WᵀV over all cross-attention matrices [out, D] -> [D, D], float64."""
+    return sum(W[name].double().T @ V[name].double() for name in W)
+
+
+def derive(T: Tensor, G: Tensor, C: Tensor, e: Tensor, lam: float, towards: Tensor | None = None) -> Tensor:
+    """The rows that make W₁ T act like W₀ does on e: argmin Σ ‖W₁ T e_adv − W₀ e‖² + λ ‖e_adv − towards‖².
+
+    T, G, C [D, D], e [rows, D] -> [rows, D], float64. `towards` is 0 if not given.
+    """
+    right = T.T @ C @ e.T + (0 if towards is None else lam * towards.T)
+    A = T.T @ G @ T + lam * torch.eye(len(T), dtype=T.dtype)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(A)).T
+
+
+def regained(T: Tensor, G: Tensor, C: Tensor, G0: Tensor, e: Tensor, e_star: Tensor, e_adv: Tensor) -> float:
+    """How far the network is led back from target to concept, 1 − Σ‖W₁Te_adv − W₀e‖² / Σ‖W₀(e* − e)‖²:
+    1 where keys and values are the concept's again, 0 where they are as far from it as the target's are."""
+    seen, shift = e_adv @ T.T, e_star - e                         # W₁ meets T e_adv
+    missed = ((seen @ G) * seen).sum() - 2 * ((seen @ C) * e).sum() + ((e @ G0) * e).sum()
+    return 1 - (missed / ((shift @ G0) * shift).sum()).item()
+
+
+def erase(E: Tensor, E_star: Tensor, stay: Tensor, l1: float, erase: float, retain: float) -> Tensor:
+    """Δ of Eq. 7 in absolute units, [D, D]: UCE's edit. E, E_star, stay [rows, D]; l1 is the ridge."""
+    E, E_star = erase ** 0.5 * E, erase ** 0.5 * E_star
+    trace = E.square().sum() + retain * stay.square().sum()
+    return closed_form(E, E_star, stay, retain, (l1 * E.shape[1] / trace).item())[0]
+
+
+def iterate(e: Tensor, e_star: Tensor, stay: Tensor, T: Tensor, G: Tensor, C: Tensor, s: Settings):
+    """The rounds, from T on; e, e_star [concepts · tokens, D]. Yields (T before, derived rows, T after)."""
+    for _ in range(s.rounds):
+        e_adv = derive(T, G, C, e, s.lam, e_star if s.regularizer == "target" else None)
+        before, T = T, T + T @ erase(e_adv, e_star, stay, s.l1, s.erase, s.retain)
+        yield before, e_adv, T
+
+
+def draw_rounds(folder, model, W1: dict[str, Tensor], rounds: list, pairs, n: int, seed: int) -> list[str]:
+    """round<i>.png: a row per concept, drawn from what was derived; left before, right after its erasure.
+    Returns what CLIP sees of the concepts, if the model's folder has one: ["airplane 4/4 → 0/4", …]."""
+    from eval_clip import CLIP, names_to_choose
+    clip = CLIP.from_pretrained(model.folder / "clip") if (model.folder / "clip").is_dir() else None
+    names, said = names_to_choose(pairs), []
+    for i, (before, e_adv, after) in enumerate(rounds, 1):
+        rows = e_adv.float().unflatten(0, (len(pairs), -1)).repeat_interleave(n, 0)  # [concepts · n, T, D]
+        drawn = []
+        for T in (before, after):
+            put_weights(model.unet, edited(W1, T - torch.eye(len(T), dtype=T.dtype)))
+            drawn.append(model.draw(rows, [seed + j for _ in pairs for j in range(n)]))
+        sheet = torch.cat([pictures.unflatten(0, (-1, n)) for pictures in drawn], dim=1)
+        write_png(folder / f"round{i}.png", grid(sheet.flatten(0, 1), 2 * n, max(1, 96 // sheet.shape[-1])))
+        if clip:
+            first = [clip.classify(x, [f"a photo of the {name}" for name in names]).argmax(1).view(-1, n)
+                     for x in drawn]
+            said += [f"round {i}, {pair.concept}: " + " → ".join(
+                f"{(guess[j] == names.index(pair.concept)).sum()}/{n}" for guess in first)
+                for j, pair in enumerate(pairs)]
+    return said
+
+
+def main() -> None:
+    from sample import Model, Text
+    args = erasing_args(__doc__, Settings, {
+        "--rounds": {"type": int, "help": "of deriving and erasing (default 3; 0: the start alone)"},
+        "--lambda": {"type": float, "dest": "lam", "help": "holds the derived embedding back (default 0.1)"},
+        "--edit": {"help": "start from this edit of the model, not from a first erasure"}}, "-rece")
+    s, clock = parse_settings(Settings, args.set, rounds=args.rounds, lam=args.lam), Clock()
+    device, folder = pick_device(args.device), model_folder(args.model)
+    text = Text(folder)
+    anchors = args.anchor or [""] * len(args.concept)             # the authors' " " has the same tokens
+    pairs = make_pairs(args.concept, anchors, args.task, text, "tail", args.seed)
+    e, e_star = torch.cat([pair.e for pair in pairs]), torch.cat([pair.e_star for pair in pairs])
+    stay = text(preserved_prompts(args.task, pairs) if s.real_prompts else [""]).double().cpu().flatten(0, 1)
+    W0 = cross_attention(folder)
+    W1 = read_edit(args.edit, folder) if args.edit else W0
+    clock("text")
+    G, C, G0 = gram(W1, W1), gram(W1, W0), gram(W0, W0)
+    clock("G")
+    T = I = torch.eye(len(G), dtype=G.dtype)
+    if not args.edit:
+        E, E_star = (torch.cat(rows) for rows in zip(*((p.block(), p.block_star()) for p in pairs)))
+        T = I + erase(E, E_star, stay, s.start_l1, s.start_erase, s.start_retain)
+    rounds = list(iterate(e, e_star, stay, T, G, C, s))
+    T = rounds[-1][-1] if rounds else T
+    clock("rounds")
+    if args.preview:
+        return preview(args.preview, T - I, text)
+    with whole_folder(args.out, args.overwrite) as new:
+        W = edited(W1, T - I)
+        numbers = {"cond(G)": torch.linalg.cond(G, 1).item(), "‖ΔW‖/‖W‖": change(W0, W)}
+        numbers |= drifts(T - I, pairs, text)
+        say_numbers(pairs, numbers)
+        shares = [[regained(at, G, C, G0, e, e_star, e_adv) for at in (before, after)]
+                  for before, e_adv, after in rounds]
+        for i, (before, after) in enumerate(shares, 1):
+            print(f"round {i}: what is derived leads {before:.1%} of the way back, once erased {after:.1%}")
+        last = derive(T, G, C, e, s.lam, e_star if s.regularizer == "target" else None)
+        left = regained(T, G, C, G0, e, e_star, last)
+        print(f"what could be derived now leads {left:.1%} of the way back")
+        model = None if args.no_pictures else Model(folder, device, DTYPES[args.dtype], text=text)
+        said = draw_rounds(new, model, W1, rounds, pairs, args.n, args.seed) if model else []
+        print("\n".join(["drawn from what was derived, before → after its erasure", *said] if said else []))
+        clock("pictures of the rounds")
+        finish(new, model, W0, W, pairs, {"method": "RECE", "settings": dataclasses.asdict(s),
+                                          "start": about_edit(args.edit) if args.edit else None},
+               {"numbers": numbers, "regained": shares, "left": left, "rounds": said}, args, clock)
+    print(f"wrote {args.out}/")
+
+
+if __name__ == "__main__":
+    command_line(main)
