@@ -65,10 +65,14 @@ class CLIPTokenizer:
         """How many tokens `text` has by itself, without the begin and end tokens."""
         return len(self._plain.encode(text, add_special_tokens=False).ids)
 
+    def words(self, ids) -> str:
+        """Token ids as text."""
+        return self._plain.decode(list(ids)).replace("</w>", " ").strip()
+
     def cut(self, text: str) -> str:
         """The end of `text` that does not fit into T tokens (usually "")."""
         ids = self._plain.encode(text, add_special_tokens=False).ids[self.length - 2:]
-        return self._plain.decode(ids).replace("</w>", " ").strip()
+        return self.words(ids)
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:

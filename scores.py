@@ -98,11 +98,12 @@ class Results:
 
 def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None = None,
              guidance: float | None = None, batch: int | None = None, keep: Path | None = None,
-             what: str = "pictures") -> dict[Job, Tensor]:
+             what: str = "pictures", rows: dict[str, Tensor] | None = None) -> dict[Job, Tensor]:
     """Draw every job that no earlier run has, and return all features {(prompt, seed): [P]}.
 
     The work is cut into batches before it is dealt to the processes, so no picture depends on their number.
-    keep: folder that will hold just these pictures as PNG. Raises UserError for impossible settings.
+    keep: folder that will hold just these pictures as PNG. rows: what to show the network in place of a
+    prompt, {prompt: [T, D]}. Raises UserError for impossible settings.
     """
     steps = model.defaults["steps"] if steps is None else steps
     guidance = model.defaults["guidance"] if guidance is None else guidance
@@ -116,6 +117,8 @@ def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None
     settings = {"model": fingerprint(model.folder), "cross-attention": base_hash(weights),
                 "clip": base_hash({"": clip.visual_projection.weight.cpu()}), "steps": steps,
                 "guidance": guidance, "size": model.defaults["size"], "dtype": str(model.dtype)}
+    if rows:
+        settings["rows"] = base_hash(rows)
     results = Results(folder, settings, clip.config.projection_dim)
     side = model.defaults["size"] // model.vae.factor
     batch, jobs = batch or max(1, 8192 // side ** 2), list(dict.fromkeys(jobs))
@@ -132,7 +135,8 @@ def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None
     with tqdm(total=sum(map(len, todo)), desc=what, unit="picture", disable=quiet) as bar:
         for block in todo:
             prompts, seeds = zip(*block)
-            pictures = model.draw(list(prompts), list(seeds), steps, guidance, batch=batch)
+            shown = torch.stack([rows[prompt] for prompt in prompts]) if rows else list(prompts)
+            pictures = model.draw(shown, list(seeds), steps, guidance, batch=batch)
             with torch.no_grad():
                 features = clip.image_features(clip.preprocess(pictures.to(clip.logit_scale))).cpu()
             if keep:
