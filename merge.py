@@ -12,7 +12,6 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from concepts import Pair, make_pairs, preserved_prompts
@@ -42,9 +41,10 @@ def how_made(folder: str, text) -> Made:
     try:
         s = Settings(**about["settings"])
         pairs = make_pairs(about["concepts"], about["anchors"], about["task"], text, s.rows, about["seed"])
+        lora = lora_deltas(Path(folder) / "residual_lora.safetensors") if s.lora_steps else {}
     except (KeyError, TypeError):
-        raise UserError(f"--edit {folder} has other settings than this realera.py: make it again") from None
-    lora = lora_deltas(Path(folder) / "residual_lora.safetensors") if s.lora_steps else {}
+        raise UserError(f"--edit {folder} is damaged or was written by another version of realera.py: "
+                        "make it again") from None
     return Made(str(folder), pairs, s, about["task"], lora)
 
 

@@ -1,10 +1,10 @@
 """What rank a LoRA of an edit needs, and what `--preview` is worth; both are seen by `mini/clip`.
 
-    python mini/measure_export.py --part rank --edit out/airplane
+    python mini/measure_export.py --part rank --edit out/airplane --n 8
     python mini/measure_export.py --part preview
 
-rank: an edit of one class and its truncations, n pictures a prompt. preview: the closed form of each of the ten
-classes in turn, with default settings; ‖Δe‖/‖e‖ of 17 prompts each, and how often they are still drawn.
+rank: an edit of one class and its truncations, n pictures a prompt. preview: the closed form of each of the
+ten classes in turn, with default settings; ‖Δe‖/‖e‖ of 26 prompts each, and how often they are still drawn.
 """
 import argparse
 import sys
@@ -35,7 +35,7 @@ class Measure:
         self.names = [*book["classes"], *book["scenes"]]
 
     def look(self, W: dict[str, Tensor], prompts: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-        """(wanted, prompt) -> the fraction of pictures that show what is wanted [prompts], and the pictures."""
+        """(wanted, prompt) -> the share of pictures that show what is wanted, [prompts]; and the pictures."""
         put_weights(self.model.unet, W)
         pictures = self.model.draw([p for _, p in prompts for _ in range(self.n)],
                                    list(range(self.n)) * len(prompts), self.steps)
@@ -48,33 +48,42 @@ class Measure:
         groups = row_prompts(concept)
         prompts = [prompt for group in GROUPS for prompt in groups[group]]
         sizes = [len(groups[group]) for group in GROUPS]
-        _, whole = self.look(W, prompts)
-        print("| rank | relative error | " + " | ".join(GROUPS.values()) + " | pixels off |\n" + "|---" * 7 + "|")
-        for rank in (0, 1, 2, 4, 8, 16, 32, 64, None):
-            if rank is None:
+        print(f"| rank | relative error | {' | '.join(GROUPS.values())} | pixels off |\n" + "|---" * 7 + "|")
+        whole = None                                              # the pictures of the whole edit
+        for rank in ("all", 0, 1, 2, 4, 8, 16, 32, 64):
+            if rank == "all":
                 matrices, error = W, 0
             else:
                 factors, error = low_rank(self.W0, W, rank)
                 matrices = {name: self.W0[name].float() + B @ A for name, (B, A) in factors.items()}
             right, pictures = self.look(matrices, prompts)
+            whole = pictures if whole is None else whole
             cells = [f"{100 * part.mean():.0f}" for part in right.split(sizes)]
             off = (pictures - whole).abs().mean()
-            print(f"| {'all' if rank is None else rank} | {error:.3f} | {' | '.join(cells)} | {off:.3f} |", flush=True)
+            print(f"| {rank} | {error:.3f} | {' | '.join(cells)} | {off:.3f} |", flush=True)
 
-    def preview(self) -> None:
-        moved, kept, own, s = [], [], [], Settings()
-        for concept, entry in read_json(BOOK)["classes"].items():
+    def preview(self, classes: int) -> None:
+        moved, kept, kinds, s, book = [], [], [], Settings(), read_json(BOOK)["classes"]
+        for concept, entry in list(book.items())[:classes]:
             pairs = make_pairs([concept], [entry["anchor"]], "object", self.model.text, s.rows, 0)
             delta, _ = erase_in_closed_form(pairs, self.model.text(preserved_prompts("object", pairs)), s)
-            prompts = [prompt for group in row_prompts(concept).values() for prompt in group]
+            # synonyms of the other classes: nothing keeps those, as P holds only the classes' own names
+            groups = row_prompts(concept) | {"s'": [(name, f"a photo of the {book[name]['synonyms'][0]}")
+                                                    for name in book if name != concept]}
+            prompts = [prompt for group in groups.values() for prompt in group]
+            kinds += [kind for kind, group in groups.items() for _ in group]
             moved += movement(delta, [prompt for _, prompt in prompts], self.model.text)
             kept += self.look(edited(self.W0, delta), prompts)[0].tolist()
-            own += [name == concept for name, _ in prompts]
-            print(concept, [f"{m:.2f} {k:.2f}" for m, k in zip(moved[-17:], kept[-17:])], flush=True)
-        moved, kept, own = torch.tensor(moved), torch.tensor(kept), torch.tensor(own)
-        for what, some in (("all prompts", own | ~own), ("what is erased, synonyms, phrases", own), ("others", ~own)):
-            print(f"{what}: {int(some.sum())} prompts, rank correlation of ‖Δe‖/‖e‖ and top-1 "
-                  f"{correlation(ranks(moved[some]), ranks(kept[some])):.2f}")
+            print(concept, *(f"{kind} {m:.2f} {k:.2f};" for kind, m, k in
+                             list(zip(kinds, moved, kept))[-len(prompts):]), flush=True)
+        moved, kept = torch.tensor(moved), torch.tensor(kept)
+        for what in (["e", "g", "a", "s", "s'"], ["e", "g", "a"], ["s'"]):
+            some = torch.tensor([kind in what for kind in kinds])
+            print(f"{', '.join(what)}: {int(some.sum())} prompts, top-1 {100 * kept[some].mean():.0f}, "
+                  f"rank correlation with ‖Δe‖/‖e‖ {correlation(ranks(moved[some]), ranks(kept[some])):.2f}")
+        for low, high in ((0, 0.1), (0.1, 0.4), (0.4, 0.6), (0.6, 2)):
+            some = (low <= moved) & (moved < high)
+            print(f"‖Δe‖/‖e‖ {low} to {high}: {int(some.sum())} prompts, top-1 {100 * kept[some].mean():.0f}")
 
 
 def ranks(x: Tensor) -> Tensor:
@@ -93,9 +102,10 @@ def main() -> None:
     parser.add_argument("--edit", default="out/airplane", help="an edit of one class (default out/airplane)")
     parser.add_argument("--n", type=int, default=4, help="pictures a prompt (default 4)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
+    parser.add_argument("--classes", type=int, default=10, help="to erase for preview: the first so many")
     args = parser.parse_args()
     measure = Measure(args.n, args.steps)
-    measure.rank(args.edit) if args.part == "rank" else measure.preview()
+    measure.rank(args.edit) if args.part == "rank" else measure.preview(args.classes)
 
 
 if __name__ == "__main__":
