@@ -50,7 +50,7 @@ def read_config(folder: Path, config_class, supported: dict, file: str = "config
     for field in dataclasses.fields(config_class):
         value = values.get(field.name, field.default)
         value = tuple(value) if isinstance(value, list) else value
-        if not isinstance(value, (int, float) if isinstance(field.default, float) else type(field.default)):
+        if not isinstance(value, (int, float) if field.type is float else field.type):
             raise UserError(f"{path}: {field.name} = {value!r} is not supported (the type differs)")
         chosen[field.name] = value
     return config_class(**chosen)
