@@ -211,7 +211,8 @@ def write_padding(folder, style):
         plain = TOKEN | {"normalized": False, "special": True}
         ids = json.loads((folder / "vocab.json").read_text())
         listed = {str(ids[BOS]): {"content": BOS} | plain | {"normalized": True},
-                  str(ids[EOS]): {"content": EOS} | plain | {"normalized": True}, "0": {"content": "!"} | plain}
+                  str(ids[EOS]): {"content": EOS} | plain | {"normalized": True},
+                  "0": {"content": "!"} | plain}
         edit_json(settings, added_tokens_decoder=listed, pad_token="!")
         edit_json(specials, pad_token="!" if style == "listed" else EOS)       # which is not looked at
     return folder
