@@ -350,7 +350,7 @@ class FakeHub:
     """In place of snapshot_download: repositories as lists of names; a download makes empty files."""
 
     def __init__(self, cache, **repositories):
-        self.cache, self.repositories, self.network = cache, repositories, True
+        self.cache, self.repositories, self.network, self.breaks_at = cache, repositories, True, None
         self.revisions, self.downloaded = [], []
 
     def __call__(self, name, revision, allow_patterns, local_files_only):
@@ -360,7 +360,7 @@ class FakeHub:
         for path in wanted:
             path = self.cache / path
             if not path.exists():
-                if local_files_only or not self.network:
+                if local_files_only or not self.network or str(path).endswith(self.breaks_at or "\n"):
                     raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
                 self.downloaded.append(str(path.relative_to(self.cache)))
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -410,6 +410,14 @@ def test_without_network_the_cache_may_hold_half_precision(fake):
     hub.snapshot("someone/tuned", [*hub.SETTINGS, *HALF])         # as another program has left it
     there.network = False
     assert model_folder("someone/tuned") == there.cache
+
+
+def test_a_broken_download_does_not_go_on_in_half_precision(fake):
+    there = fake(tuned=OFFICIAL)
+    there.breaks_at = FULL[1]
+    with pytest.raises(UserError, match="no network"):
+        model_folder("someone/tuned")
+    assert not set(there.downloaded) & set(HALF)
 
 
 def test_a_clip_by_its_id(fake):
