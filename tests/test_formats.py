@@ -47,6 +47,7 @@ def write_model(folder, version):
                        **version["text"])
     vae = theirs_vae(block_out_channels=[16, 16, 32, 32], norm_num_groups=8)
     scheduler = diffusers.PNDMScheduler.from_config(SCHEDULER)
+    scheduler.register_to_config(clip_sample=False)                # as in the official file: for DDIM
     pipe = diffusers.StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=theirs_unet(**version["unet"]),
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
@@ -54,7 +55,6 @@ def write_model(folder, version):
     pipe.save_pretrained(folder)
     shutil.rmtree(folder / "tokenizer")                            # written in the form of today
     shutil.move(folder / "official", folder / "tokenizer")
-    edit_json(folder / "scheduler/scheduler_config.json", clip_sample=False)      # as in the official file
     (folder / "defaults.json").write_text(json.dumps({"guidance": 3.0, "steps": 3, "size": 64}))
     return folder
 
