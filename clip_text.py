@@ -6,8 +6,10 @@
 Stable Diffusion v1 uses the *last hidden state after the final layer norm*, one row per token, T = 77 rows of
 D = 768. The mask is causal, so row 0 (begin of text) is the same for every prompt, and row i knows only the
 tokens up to i. Padding is the end-of-text token again, and it is not masked: its rows carry meaning too.
+SD 2.1-base differs in numbers only: OpenCLIP's encoder, D = 1024, whose padding is "!", id 0.
 
-Paper: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
+Papers: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision";
+Cherti et al. 2022, "Reproducible scaling laws for contrastive language-image learning" (OpenCLIP).
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,26 +30,32 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 class CLIPTokenizer:
     """CLIP's byte-pair encoding: lower case, a word's last piece ends in `</w>`, always `length` ids."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, length: int = 77):
+    def __init__(self, tokenizer: tokenizers.Tokenizer, length: int = 77, pad: str = EOS):
         self.length = length
         self.eos = tokenizer.token_to_id(EOS)
-        if self.eos is None or tokenizer.token_to_id(BOS) is None:
-            raise UserError(f"the tokenizer's vocabulary lacks {BOS} or {EOS}: this is not a CLIP tokenizer")
+        if None in (self.eos, tokenizer.token_to_id(BOS), tokenizer.token_to_id(pad)):
+            raise UserError(f"the tokenizer's vocabulary lacks {BOS}, {EOS} or the padding {pad!r}: "
+                            "this is not a CLIP tokenizer")
         self._plain = tokenizer                                   # no cutting, no padding: see `cut`
         self._plain.no_truncation(), self._plain.no_padding()
         self._fixed = tokenizers.Tokenizer.from_str(tokenizer.to_str())
         self._fixed.enable_truncation(length)
-        self._fixed.enable_padding(length=length, pad_id=self.eos, pad_token=EOS)
+        self._fixed.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "CLIPTokenizer":
         """Read `vocab.json` + `merges.txt` (official) or `tokenizer.json` (what newer libraries save)."""
         folder = Path(folder)
-        settings = folder / "tokenizer_config.json"
-        length = read_json(settings).get("model_max_length", 77) if settings.exists() else 77
+        settings, specials = (read_json(folder / name) if (folder / name).exists() else {}
+                              for name in ("tokenizer_config.json", "special_tokens_map.json"))
+        length = settings.get("model_max_length", 77)
         length = length if length <= 1e6 else 77                  # "no limit" is written as 1e30
+        if "added_tokens_decoder" not in settings:                # an older folder: its older file decides
+            settings |= specials                                  # (in SD 2.1-base they differ in pad_token)
+        pad = settings.get("pad_token") or EOS
+        pad = str(pad.get("content") if isinstance(pad, dict) else pad)
         if (folder / "merges.txt").exists():
-            tokenizer = clip_bpe(read_json(folder / "vocab.json"), read_merges(folder / "merges.txt"))
+            tokenizer = clip_bpe(read_json(folder / "vocab.json"), read_merges(folder / "merges.txt"), pad)
         elif (folder / "tokenizer.json").exists():
             try:
                 tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -55,7 +63,7 @@ class CLIPTokenizer:
                 raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
         else:
             raise UserError(f"{folder} has neither vocab.json + merges.txt nor tokenizer.json")
-        return cls(tokenizer, length)
+        return cls(tokenizer, length, pad)
 
     def __call__(self, texts: list[str]) -> Tensor:
         """texts: B strings -> ids [B, T], int64. Longer prompts lose their end; `cut` says which part."""
@@ -84,7 +92,7 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = EOS) -> tokenizers.Tokenizer:
     """CLIP's pipeline on the `tokenizers` library: equals transformers' CLIPTokenizer on every code point."""
     try:
         bpe = tokenizers.models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="",
@@ -101,9 +109,10 @@ def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.RobertaProcessing(
         (EOS, ids[1]), (BOS, ids[0]), trim_offsets=False, add_prefix_space=False)
-    # BOS is looked for after lower-casing and EOS before: odd, and what the official files lead to.
-    tokenizer.add_special_tokens([tokenizers.AddedToken(BOS, normalized=True, special=True),
-                                  tokenizers.AddedToken(EOS, normalized=False, special=True)])
+    # BOS is looked for after lower-casing, and what pads (in SD v1 EOS) before: odd, and what the official
+    # files lead to. In SD 2, whose padding is "!", this makes every ! of a prompt a token of its own.
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=token != pad, special=True)
+                                  for token in dict.fromkeys((BOS, EOS, pad)) if token in vocab])
     return tokenizer
 
 

@@ -44,7 +44,7 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str = "
     parser.add_argument("--concept", action="append", required=True, help="what to erase; may be repeated")
     parser.add_argument("--anchor", action="append", help="what to draw instead, one each (default: by task)")
     parser.add_argument("--task", choices=TASKS, default="object", help="prompt templates and default anchor")
-    parser.add_argument("--model", default=MINI, help="folder or hub id (default: mini)")
+    parser.add_argument("--model", default=MINI, help="folder, file or hub id (default: mini)")
     parser.add_argument("--out", type=Path, help="edit folder to write (default: out/<concept>)")
     parser.add_argument("--overwrite", action="store_true", help="replace the edit folder if it exists")
     parser.add_argument("--export", type=Path, help="also write a whole pipeline folder for diffusers")
@@ -83,7 +83,7 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str = "
 
 def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the flags of every script that counts what CLIP sees, beside the parser's own."""
-    parser.add_argument("--model", default=MINI, help="folder or hub id (default: mini)")
+    parser.add_argument("--model", default=MINI, help="folder, file or hub id (default: mini)")
     parser.add_argument("--clip", help="CLIP to judge by: folder or hub id (default: the model's own clip/)")
     parser.add_argument("--n", type=int, help="pictures per prompt (default 20; the paper: 200)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's; the paper: 50)")

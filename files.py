@@ -1,7 +1,8 @@
 """What is on disk: model folders, edits, safetensors, PNG; and writing that never leaves a half-written file.
 
-Nothing of ours is imported here. Weights are read from safetensors only, never from a pickle, and nothing
-that a model folder says is executed.
+Nothing of ours is imported here but names of tensors and, where a hub id is given, the hub. Weights are read
+from safetensors only, never from a pickle, and nothing that a model folder says is executed. A single file in
+the original form stands for a folder: dream.safetensors/unet is that part of it which a folder has in unet/.
 """
 import contextlib
 import dataclasses
@@ -17,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+import single_file
 
 
 class UserError(Exception):
@@ -40,8 +43,8 @@ def read_json(path: str | Path) -> dict:
 def read_config(folder: Path, config_class, supported: dict, file: str = "config.json", section: str = ""):
     """A `config_class` from a folder's JSON: absent keys keep their defaults, newer keys are ignored, a value
     outside `supported` (key -> the tuple of what the network implements) is an error that names it."""
-    path = folder / file
-    values = read_json(path)
+    path = beside(folder / file)
+    values = read_json(path) if path.exists() or path == folder / file else {}    # a single file is SD v1
     values = values.get(section, {}) if section else values
     for key, allowed in supported.items():
         if key in values and values[key] not in allowed:
@@ -51,15 +54,23 @@ def read_config(folder: Path, config_class, supported: dict, file: str = "config
     for field in dataclasses.fields(config_class):
         value = values.get(field.name, field.default)
         value = tuple(value) if isinstance(value, list) else value
-        if not isinstance(value, (int, float) if isinstance(field.default, float) else type(field.default)):
+        if not isinstance(value, (int, float) if field.type is float else field.type):
             raise UserError(f"{path}: {field.name} = {value!r} is not supported (the type differs)")
         chosen[field.name] = value
     return config_class(**chosen)
 
 
+def beside(path: Path) -> Path:
+    """`path`; or, for what a single file cannot hold, as dream.safetensors/unet/config.json, beside it."""
+    file = next((p for p in path.parents if p.suffix == ".safetensors" and p.is_file()), None)
+    return file.parent / path.relative_to(file) if file else path
+
+
 def find_weights(folder: str | Path, stem: str) -> Path:
-    """`stem.safetensors`, or the official half-precision twin `stem.fp16.safetensors`."""
+    """`stem.safetensors`, or the official half-precision twin `stem.fp16.safetensors`, or the single file."""
     folder = Path(folder)
+    if folder.parent.is_file():
+        return folder.parent
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; a model has tokenizer, text_encoder, unet, vae, scheduler")
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
@@ -82,6 +93,14 @@ def readable(path: str | Path):
         raise UserError(f"{path} cannot be read ({error}): is the download complete?") from None
 
 
+def read_tensors(folder: str | Path, stem: str) -> tuple[Path, dict[str, Tensor]]:
+    """The weights' path, and its tensors by the names of a model folder, memory-mapped: read when used."""
+    path = find_weights(folder, stem)
+    with readable(path):
+        tensors = load_file(path)
+    return path, single_file.part_of(tensors, Path(folder).name) if path == Path(folder).parent else tensors
+
+
 def finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=torch.float32).isfinite())       # one pass: NaN and infinity survive a sum
 
@@ -101,11 +120,9 @@ def load_network(network_class, config, folder, stem, dtype, device, rename=lamb
     `rename` maps a key of the file to ours, or to None for a tensor that is no weight. Loading is strict; a
     missing, extra, misshapen or non-finite tensor is a UserError that names it.
     """
-    path = find_weights(Path(folder), stem)
+    path, tensors = read_tensors(folder, stem)
     with torch.device("meta"), NoInit():                          # shapes only: no random numbers, no memory
         network = network_class(config)
-    with readable(path):
-        tensors = load_file(path)                                 # memory-mapped: read when used
     tensors = {rename(key): tensor for key, tensor in tensors.items() if rename(key) is not None}
     wanted = {key: tensor.shape for key, tensor in network.state_dict().items()}
     both = wanted.keys() & tensors.keys()
@@ -190,40 +207,50 @@ def grid(pictures: Tensor, columns: int, zoom: int = 1):
 # ------------------------------------------------------------------------------------------ models and edits
 
 MINI = str(Path(__file__).parent / "mini")                        # the default model
-PINNED = {"CompVis/stable-diffusion-v1-4": "133a221b8aa7292a167afc5127cb63fb5005638b"}
-HUB_FILES = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*", "defaults.json",
-             "text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors",
-             "vae/diffusion_pytorch_model.safetensors", "config.json", "model.safetensors", "vocab.json",
-             "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]      # the last six: CLIP's own
 
 
 def model_folder(name: str, flag: str = "--model") -> Path:
-    """A folder as it is; a hub id such as CompVis/stable-diffusion-v1-4 downloaded (as needed) or cached."""
-    if Path(name).is_dir():
-        return Path(name)
+    """A folder, or a single file of SD v1, as it is; a hub id such as CompVis/stable-diffusion-v1-4
+    downloaded (as needed) or cached."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        check_single_file(path, flag)
+        return path
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(f"{flag} {name}: no such folder, nor a hub id like CompVis/stable-diffusion-v1-4")
-    import huggingface_hub                                        # only needed here, and slow to import
+    import hub                                                    # only needed here, and slow to import
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=PINNED.get(name),
-                                                      allow_patterns=HUB_FILES))
+        return hub.model(name)
     except Exception as error:                                    # no network, no permission, unknown id, …
-        raise UserError(f"{flag} {name} could not be downloaded ({type(error).__name__}); give the folder "
-                        "of a model that you have") from None
+        why = isinstance(error, FileNotFoundError) and "no network, and the cache lacks some of it"
+        raise UserError(f"{flag} {name} could not be downloaded ({why or type(error).__name__}); "
+                        "give the folder of a model that you have") from None
+
+
+def check_single_file(path: Path, flag: str) -> None:
+    """It must hold all networks of SD v1 under their original names, or else a UserError says what to do."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"{flag} {path} is no .safetensors file; a pickle can run code: convert it first")
+    with readable(path), safe_open(path, "pt") as file:
+        absent = single_file.absent_parts(file.keys())
+    if absent:
+        raise UserError(f"{flag} {path} is not SD v1 in a single file (no key begins with {absent[0]}); "
+                        "other models are read as folders in the diffusers layout")
 
 
 def defaults(folder: Path) -> dict:
     """Guidance, steps and picture size of a model: its `defaults.json`, or SD's 7.5, 50 and 512."""
-    path = folder / "defaults.json"
+    path = beside(folder / "defaults.json")
     return {"guidance": 7.5, "steps": 50, "size": 512} | (read_json(path) if path.exists() else {})
 
 
 def cross_attention(folder: str | Path) -> dict[str, Tensor]:
     """The matrices that erasure edits, all `attn2.to_k` and `to_v`, by official name, as in the file."""
-    path = find_weights(Path(folder) / "unet", "diffusion_pytorch_model")
-    with readable(path), safe_open(path, "pt") as file:
-        names = sorted(k for k in file.keys() if k.endswith(("attn2.to_k.weight", "attn2.to_v.weight")))
-        tensors = {name: file.get_tensor(name) for name in names}
+    path, tensors = read_tensors(Path(folder) / "unet", "diffusion_pytorch_model")
+    tensors = {name: tensor for name, tensor in sorted(tensors.items())
+               if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
     if not tensors:
         raise UserError(f"{path} lacks attn2.to_k.weight: this is not a Stable Diffusion U-Net")
     for name, tensor in tensors.items():
@@ -243,7 +270,7 @@ def base_hash(tensors: dict[str, Tensor]) -> str:
 def fingerprint(folder: Path) -> str:
     """A hash of a model's weight files by size and both ends, so that gigabytes are told apart at once."""
     sha = hashlib.sha256()
-    for path in sorted(folder.glob("*/*.safetensors")):
+    for path in sorted(folder.glob("*/*.safetensors")) if folder.is_dir() else [folder]:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
             sha.update(f"{path.parent.name}/{path.name} {size}".encode())

@@ -20,17 +20,31 @@ from tqdm import tqdm
 from clip_text import CLIPTextModel, CLIPTokenizer
 from command import DTYPES, command_line, free_name, pick_device, slug
 from diffusion import SAMPLERS, Scheduler, guided
-from files import MINI, UserError, defaults, grid, model_folder, put_weights, read_edit, write_png
+from files import (MINI, UserError, beside, defaults, grid, model_folder, put_weights, read_edit,
+                   write_png)
 from merge import edited_weights
 from unet import UNet
 from vae import VAE
+
+
+def tokenizer_folder(model: Path) -> Path:
+    """tokenizer/ of a model. A single file has none: the one beside it or, from the hub (2 MB), SD v1.4's."""
+    folder = beside(model / "tokenizer")
+    if folder == model / "tokenizer" or folder.is_dir():
+        return folder
+    import hub                                                    # only needed here, and slow to import
+    try:
+        return hub.tokenizer()
+    except Exception as error:                                    # no network, …
+        raise UserError(f"{model} has no tokenizer and {hub.SD}'s could not be downloaded "
+                        f"({type(error).__name__}): put that tokenizer/ folder beside the file") from None
 
 
 class Text:
     """Tokenizer and text encoder: prompts -> rows [B, T, D]. In float32: edits rest on it."""
 
     def __init__(self, folder: Path, device="cpu"):
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder))
         self.encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", device=device)
 
     @torch.no_grad()
@@ -101,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="+", help="one row of pictures each")
-    parser.add_argument("--model", default=MINI, help="folder or hub id (default: mini)")
+    parser.add_argument("--model", default=MINI, help="folder, file or hub id (default: mini)")
     parser.add_argument("--edit", action="append",
                         help="an edit folder of realera.py, such as out/airplane; several are merged")
     parser.add_argument("--n", type=int, default=4, help="pictures per prompt (default 4)")

@@ -1,4 +1,4 @@
-"""The U-Net of Stable Diffusion v1: noisy latent, time step and text rows in, predicted noise out.
+"""The U-Net of Stable Diffusion v1 and v2: noisy latent, time step and text rows in, predicted noise out.
 
     unet = UNet.from_pretrained("mini/unet")
     eps = unet(x, t, context)          # x [B, 4, h, w], t int or [B], context [B, T, D] -> [B, 4, h, w]
@@ -11,6 +11,7 @@ Papers: Ho et al. 2020 (DDPM), Rombach et al. 2022 (latent diffusion).
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,15 +26,16 @@ class UNetConfig:
     """Widths; the defaults are SD v1.4."""
     in_channels: int = 4
     out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple = (320, 640, 1280, 1280)
+    down_block_types: tuple = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     layers_per_block: int = 2
     cross_attention_dim: int = 768
-    attention_head_dim: int = 8              # the number of heads: a misnomer that the official files keep
+    attention_head_dim: int | tuple = 8      # heads, in SD 2 level by level: a misnomer that the files keep
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     sample_size: int = 64
+    use_linear_projection: bool = False      # SD 2: True
 
 
 SUPPORTED = {
@@ -45,9 +47,8 @@ SUPPORTED = {
     "num_attention_heads": (None,), "only_cross_attention": (False,),
     "resnet_time_scale_shift": ("default",), "time_cond_proj_dim": (None,), "time_embedding_act_fn": (None,),
     "time_embedding_type": ("positional",), "timestep_post_act": (None,),
-    "transformer_layers_per_block": (1,), "upcast_attention": (False, None),
-    "use_linear_projection": (False,),
-}
+    "transformer_layers_per_block": (1,),
+}   # upcast_attention is no matter: it asks for scores in float32, which fused attention has in any case
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
@@ -143,16 +144,24 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+class PointwiseLinear(nn.Linear):
+    """SD 2's spelling of a 1×1 convolution, its weight saved as a matrix: [B, C, h, w] -> [B, C, h, w]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+
 class SpatialTransformer(nn.Module):
     """x [B, C, h, w], context [B, T, D] -> [B, C, h, w]: every pixel is a token."""
 
-    def __init__(self, channels: int, config: UNetConfig):
+    def __init__(self, channels: int, config: UNetConfig, heads: int):
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        project = PointwiseLinear if config.use_linear_projection else partial(nn.Conv2d, kernel_size=1)
+        self.proj_in = project(channels, channels)
         self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(channels, config.cross_attention_dim, config.attention_head_dim)])
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+            [TransformerBlock(channels, config.cross_attention_dim, heads)])
+        self.proj_out = project(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         y = self.proj_in(self.norm(x))
@@ -183,12 +192,12 @@ class Upsample(nn.Module):
 class Block(nn.Module):
     """One resolution, down or up: ResNets, a transformer after each if `cross`, then a change of size."""
 
-    def __init__(self, widths_in: list[int], width: int, config: UNetConfig, cross: bool):
+    def __init__(self, widths_in: list[int], width: int, config: UNetConfig, heads: int, cross: bool):
         super().__init__()
         c_time = 4 * config.block_out_channels[0]
         self.resnets = nn.ModuleList(ResnetBlock(c_in, width, c_time, config) for c_in in widths_in)
         if cross:
-            self.attentions = nn.ModuleList(SpatialTransformer(width, config) for _ in widths_in)
+            self.attentions = nn.ModuleList(SpatialTransformer(width, config, heads) for _ in widths_in)
 
     def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[i](x, time)
@@ -196,11 +205,11 @@ class Block(nn.Module):
 
 
 class MidBlock(nn.Module):
-    def __init__(self, width: int, config: UNetConfig):
+    def __init__(self, width: int, config: UNetConfig, heads: int):
         super().__init__()
         c_time = 4 * config.block_out_channels[0]
         self.resnets = nn.ModuleList(ResnetBlock(width, width, c_time, config) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatialTransformer(width, config)])
+        self.attentions = nn.ModuleList([SpatialTransformer(width, config, heads)])
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x, time), context), time)
@@ -212,10 +221,12 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = config
-        widths, layers = config.block_out_channels, config.layers_per_block
-        if not len(widths) == len(config.down_block_types) == len(config.up_block_types):
-            raise UserError("unet: block_out_channels, down_block_types and up_block_types differ in length")
-        if any(width % config.norm_num_groups or width % config.attention_head_dim for width in widths):
+        widths, layers, heads = config.block_out_channels, config.layers_per_block, config.attention_head_dim
+        heads = heads if isinstance(heads, tuple) else (heads,) * len(widths)       # one number: all levels
+        if not len(widths) == len(config.down_block_types) == len(config.up_block_types) == len(heads):
+            raise UserError("unet: block_out_channels, down_block_types, up_block_types and "
+                            "attention_head_dim differ in length")
+        if any(width % config.norm_num_groups or width % n for width, n in zip(widths, heads)):
             raise UserError(f"unet: {widths} must be divisible by norm_num_groups and by attention_head_dim")
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0])
@@ -223,7 +234,7 @@ class UNet(nn.Module):
         skips, width = [widths[0]], widths[0]                     # widths of what the way up will concatenate
         self.down_blocks = nn.ModuleList()
         for i, kind in enumerate(config.down_block_types):
-            block = Block([width] + [widths[i]] * (layers - 1), widths[i], config,
+            block = Block([width] + [widths[i]] * (layers - 1), widths[i], config, heads[i],
                           one_of(kind, "CrossAttnDownBlock2D", "DownBlock2D"))
             width = widths[i]
             skips += [width] * layers
@@ -232,13 +243,14 @@ class UNet(nn.Module):
                 skips.append(width)
             self.down_blocks.append(block)
 
-        self.mid_block = MidBlock(width, config)
+        self.mid_block = MidBlock(width, config, heads[-1])
 
         self.up_blocks = nn.ModuleList()
         for i, kind in enumerate(config.up_block_types):
             out = widths[-1 - i]
             widths_in = [(width if j == 0 else out) + skips.pop() for j in range(layers + 1)]
-            block = Block(widths_in, out, config, one_of(kind, "CrossAttnUpBlock2D", "UpBlock2D"))
+            block = Block(widths_in, out, config, heads[-1 - i],
+                          one_of(kind, "CrossAttnUpBlock2D", "UpBlock2D"))
             width = out
             if i < len(widths) - 1:
                 block.upsamplers = nn.ModuleList([Upsample(width)])

@@ -23,7 +23,7 @@ class VAEConfig:
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    block_out_channels: tuple = (128, 256, 512, 512)
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215          # absent from older copies of the official config

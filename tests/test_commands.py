@@ -306,8 +306,8 @@ def damage(model, what):
         return "cannot be read"
     if what == "unsupported":
         config = json.loads((model / "unet/config.json").read_text())
-        (model / "unet/config.json").write_text(json.dumps(config | {"use_linear_projection": True}))
-        return "use_linear_projection"
+        (model / "unet/config.json").write_text(json.dumps(config | {"class_embed_type": "timestep"}))
+        return "class_embed_type"
     unet.rename(unet.with_suffix(".bin"))
     return "save_file"                                            # says how to convert
 

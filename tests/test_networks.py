@@ -62,6 +62,10 @@ UNETS = {
         "block_out_channels": [16, 32, 32], "down_block_types": [CROSS_DOWN, DOWN, CROSS_DOWN],
         "up_block_types": [UP, CROSS_UP, UP], "layers_per_block": 3, "attention_head_dim": 1,
         "norm_num_groups": 4, "cross_attention_dim": 8},
+    "as in SD 2.1-base": {
+        "block_out_channels": [32, 64, 96, 96], "norm_num_groups": 16, "cross_attention_dim": 40,
+        "attention_head_dim": [2, 4, 8, 6], "use_linear_projection": True, "upcast_attention": True,
+        "dual_cross_attention": False, "num_class_embeds": None, "only_cross_attention": False},
     "one level": {
         "block_out_channels": [32], "down_block_types": [CROSS_DOWN], "up_block_types": [CROSS_UP],
         "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 8, "cross_attention_dim": 16}}
@@ -82,6 +86,9 @@ TEXTS = {
     "as in SD": {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": 300},
     "gelu": {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
              "vocab_size": 100, "hidden_act": "gelu", "layer_norm_eps": 1e-3},
+    "as in SD 2.1-base": {
+        "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 5, "num_attention_heads": 4,
+        "vocab_size": 200, "hidden_act": "gelu", "pad_token_id": 1, "eos_token_id": 2, "projection_dim": 32},
     "short": {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 1,
               "vocab_size": 50, "max_position_embeddings": 16}}
 
@@ -175,6 +182,35 @@ def test_full_size_names_shapes_and_norms(part, tmp_path):
     assert len(shapes(ours)) == tensors
     assert sum(parameter.numel() for parameter in ours.parameters()) == parameters
     assert norms(ours) == norms(theirs)
+
+
+OFFICIAL_UNET_21 = OFFICIAL_UNET | {
+    "_diffusers_version": "0.10.0.dev0", "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024,
+    "dual_cross_attention": False, "num_class_embeds": None, "only_cross_attention": False,
+    "use_linear_projection": True}
+OFFICIAL_TEXT_21 = OFFICIAL_TEXT | {
+    "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+    "num_hidden_layers": 23, "projection_dim": 512}
+
+
+@pytest.mark.parametrize("part", ["unet", "text"])
+def test_full_size_names_shapes_norms_and_heads_of_sd_2_1_base(part, tmp_path):
+    official = {"unet": OFFICIAL_UNET_21, "text": OFFICIAL_TEXT_21}[part]
+    ours_class, config_class = FULL[part][:2]
+    (tmp_path / "config.json").write_text(json.dumps(official))
+    with torch.device("meta"):
+        ours = ours_class(files.read_config(tmp_path, config_class, {}))
+        theirs = (diffusers.UNet2DConditionModel.from_config(official) if part == "unet" else
+                  transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(official)))
+    assert shapes(ours) == shapes(theirs)
+    assert norms(ours) == norms(theirs)
+    assert sum(parameter.numel() for parameter in ours.parameters()) == {
+        "unet": 865_910_724, "text": 340_387_840}[part]            # as published
+    if part == "unet":
+        heads = {name: module.heads for name, module in theirs.named_modules() if hasattr(module, "heads")}
+        assert {name: ours.get_submodule(name).heads for name in heads} == heads
+        levels = [heads[f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn2"] for i in range(3)]
+        assert levels == [5, 10, 20]
 
 
 # ---- numbers ----
@@ -520,7 +556,7 @@ def test_pointer_instead_of_weights(unet_folder):
 
 
 UNSUPPORTED = [
-    (UNet, "use_linear_projection", True), (UNet, "act_fn", "gelu"), (UNet, "class_embed_type", "timestep"),
+    (UNet, "use_linear_projection", "yes"), (UNet, "act_fn", "gelu"), (UNet, "class_embed_type", "timestep"),
     (UNet, "down_block_types", ["AttnDownBlock2D"]), (UNet, "up_block_types", ["SimpleCrossAttnUpBlock2D"]),
     (UNet, "mid_block_type", "UNetMidBlock2D"), (UNet, "resnet_time_scale_shift", "scale_shift"),
     (UNet, "flip_sin_to_cos", False), (UNet, "freq_shift", 1), (UNet, "only_cross_attention", True),
@@ -528,7 +564,7 @@ UNSUPPORTED = [
     (UNet, "transformer_layers_per_block", 2), (UNet, "addition_embed_type", "text"),
     (UNet, "time_embedding_type", "fourier"), (UNet, "center_input_sample", True),
     (UNet, "time_embedding_act_fn", "silu"), (UNet, "timestep_post_act", "silu"),
-    (UNet, "attention_head_dim", [8]), (UNet, "layers_per_block", [1]),
+    (UNet, "attention_head_dim", "8"), (UNet, "layers_per_block", [1]),
     (VAE, "act_fn", "relu"), (VAE, "mid_block_add_attention", False), (VAE, "use_quant_conv", False),
     (VAE, "shift_factor", 0.1), (VAE, "latents_mean", [0.1, 0.0, 0.0, 0.0]),
     (CLIPTextModel, "hidden_act", "relu")]
@@ -547,9 +583,16 @@ def test_widths_that_do_not_divide(unet_folder):
     refuses(UNet, unet_folder, "norm_num_groups")
 
 
-def test_levels_that_do_not_match(unet_folder):
-    edit_json(unet_folder / "config.json", block_out_channels=[32, 64])
-    refuses(UNet, unet_folder, "block_out_channels")
+@pytest.mark.parametrize("key, value", [("block_out_channels", [32, 64]), ("attention_head_dim", [8, 8])])
+def test_levels_that_do_not_match(key, value, unet_folder):
+    edit_json(unet_folder / "config.json", **{key: value})
+    refuses(UNet, unet_folder, key)
+
+
+def test_heads_of_each_level_must_divide_its_width(tmp_path):
+    theirs_unet(**UNETS["as in SD 2.1-base"]).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", attention_head_dim=[2, 4, 8, 7])
+    refuses(UNet, tmp_path, "attention_head_dim")
 
 
 @pytest.mark.parametrize("content", [b'{"in_channels": 4,', b"\xff\xfe", b"", b"[4, 4]"],

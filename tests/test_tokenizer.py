@@ -161,6 +161,10 @@ def test_ids_equal_transformers_with_the_real_vocabulary(tmp_path):
     ours = CLIPTokenizer.from_pretrained(tmp_path)
     assert ours(["a photo of a cat"])[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 49407]
     agree(ours, reference(tmp_path))
+    edit_json(tmp_path / "special_tokens_map.json", pad_token="!")               # as in SD 2.1-base
+    ours = CLIPTokenizer.from_pretrained(tmp_path)
+    assert ours(["a cat!"])[0, :6].tolist() == [49406, 320, 2368, 0, 49407, 0]
+    agree(ours, reference(tmp_path))
 
 
 def test_plain_words_follow_the_merges(folder):
@@ -186,6 +190,55 @@ def test_both_forms_of_folder_agree(folder, tmp_path):
     assert torch.equal(one(TEXTS), other(TEXTS))
     assert [one.cut(text) for text in TEXTS] == [other.cut(text) for text in TEXTS]
     agree(other, reference(tmp_path))
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def write_padding(folder, style):
+    """A tokenizer folder whose padding is "!", id 0, in the ways that are around."""
+    write_vocabulary(folder)
+    settings, specials = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    if style == "SD 2.1-base":                                     # its tokenizer_config.json says EOS
+        edit_json(specials, pad_token="!")
+    if style == "one file":
+        edit_json(settings, pad_token="!")
+        specials.unlink()
+    if style == "full entry":
+        edit_json(specials, pad_token={"content": "!"} | TOKEN | {"normalized": False})
+    if style in ("listed", "listed last"):                         # as SDXL's second tokenizer has it
+        plain = TOKEN | {"normalized": False, "special": True}
+        ids = json.loads((folder / "vocab.json").read_text())
+        listed = {str(ids[BOS]): {"content": BOS} | plain | {"normalized": True},
+                  str(ids[EOS]): {"content": EOS} | plain | {"normalized": True},
+                  "0": {"content": "!"} | plain}
+        edit_json(settings, added_tokens_decoder=listed, pad_token="!")
+        edit_json(specials, pad_token="!" if style == "listed" else EOS)       # which is not looked at
+    return folder
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+@pytest.mark.parametrize("style", ["SD 2.1-base", "one file", "full entry", "listed", "listed last"])
+def test_padding_with_exclamation_marks(style, saved_again, tmp_path):
+    """SD 2 pads with "!", id 0, and so every ! of a prompt becomes that token as well."""
+    path = write_padding(tmp_path, style)
+    theirs = reference(path)
+    if saved_again:
+        theirs.save_pretrained(path := tmp_path / "again")
+    ours = CLIPTokenizer.from_pretrained(path)
+    assert ours(["a cat!"])[0, -60:].unique().tolist() == [0] and theirs.pad_token_id == 0
+    agree(ours, theirs)
+    assert ours.count("a cat!!") == ours.count("a cat") + 2
+
+
+@pytest.mark.parametrize("pad", [None, ["!"], {}, "<|nothing|>"], ids=str)
+def test_odd_padding(pad, tmp_path):
+    edit_json(write_vocabulary(tmp_path) / "special_tokens_map.json", pad_token=pad)
+    if pad:
+        refuses(tmp_path, "padding", "not a CLIP tokenizer")
+    else:
+        assert CLIPTokenizer.from_pretrained(tmp_path)(["a cat"])[0, -1] == reference(tmp_path).eos_token_id
 
 
 def test_saved_limits_do_not_reach_count_and_cut(folder, tmp_path):
