@@ -36,8 +36,8 @@ def fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def erasing_args(doc: str, settings_class, own: dict[str, str]) -> argparse.Namespace:
-    """The flags of every method that erases, its `own` integers (flag -> help), and --set."""
+def erasing_args(doc: str, settings_class, own: dict[str, str], switches=()) -> argparse.Namespace:
+    """The flags of every method that erases, its `own` integers and `switches` (flag -> help), and --set."""
     settings = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(settings_class))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=f"settings and their defaults: {settings}")
@@ -57,6 +57,8 @@ def erasing_args(doc: str, settings_class, own: dict[str, str]) -> argparse.Name
                         help="change settings, such as --set D1=0.8 M=3; they are listed below")
     for flag, explanation in own.items():
         parser.add_argument(flag, type=int, help=explanation)
+    for flag, explanation in dict(switches).items():
+        parser.add_argument(flag, action="store_true", help=explanation)
     args = parser.parse_args()
     if args.n < 1:
         raise UserError("--n must be at least 1; --no-pictures draws none")
