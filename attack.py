@@ -5,8 +5,8 @@
     python attack.py --concept airplane --n 8                          # sanity: the untouched model
 
 Each attack offers candidates. The strongest, chosen by --choose pictures from seeds of their own, is drawn
-with the same seeds as the plain prompt; success is that CLIP's first choice is the erased concept again. Found
-prompts and embeddings are kept in --out, as are the pictures' features: a killed run goes on from there.
+with the same seeds as the plain prompt; success is that CLIP's first choice is the erased concept again.
+Found prompts and embeddings are kept in --out, as are the pictures' features: a killed run goes on from there.
 """
 import argparse
 import hashlib
@@ -115,8 +115,8 @@ def insert(target: Target, vectors: Tensor) -> Tensor:
 def matching_loss(target: Target, ways: Trajectories, rows: Tensor, generator: torch.Generator) -> Tensor:
     """How far the edited network, shown `rows`, is from the noise that the original saw of the concept.
 
-    UnlearnDiffAtk compares with the noise that was added to a picture; the original's prediction is that noise
-    without its chance, and its own latents need no pictures.
+    UnlearnDiffAtk compares with the noise that was added to a picture; the original's prediction is that
+    noise without its chance, and its own latents need no pictures.
     """
     batch, model = Settings().batch, target.model
     z, t, noise = ways.pick(range(ways.z.shape[0]), batch, generator)

@@ -3,11 +3,10 @@
     python bench.py --only unet-1 closed-form                    # mini/
     python bench.py --size full --device cuda --dtype bfloat16   # SD v1.4's size, random weights
 
-Times are medians (min–max) of --runs calls after a warm-up. Ours and theirs take turns, so that a busy
-machine slows both, and the ratio is that of each pair. The floor is the FLOP of our matrix products,
-convolutions and attention over the rate of a large matrix product, the first row. GiB is what a call adds to
-memory at its peak: by CUDA's allocator or, on a CPU under Linux, where a row runs in a process of its own.
-The full-size folder, 4.3 GB, is made once, in out/bench/full.
+Times are medians (min–max) of --runs after a warm-up. Ours and theirs take turns, so a busy machine slows
+both, and the ratio is each pair's. The floor is the FLOP of our matrix products, convolutions and attention
+over the rate of a large matrix product, the first row. GiB is what a call adds to memory at its peak: by
+CUDA's allocator or, on a CPU, where a row is a process of its own. out/bench/full, 4.3 GB, is made once.
 """
 import argparse
 import contextlib
@@ -74,13 +73,13 @@ def make_full_size(folder: Path) -> None:
 
 def measured(run: Callable, device: torch.device) -> tuple[float, float | None]:
     """Seconds of run(), on CUDA also the GiB it adds. What runs in a process of its own returns both."""
-    if cuda := device.type == "cuda":
-        torch.cuda.synchronize()
+    cuda, synchronize = device.type == "cuda", getattr(torch, device.type).synchronize   # no-op on a CPU
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
+    synchronize()
     before, start = cuda and torch.cuda.memory_allocated(), time.perf_counter()
     found = run()
-    if cuda:
-        torch.cuda.synchronize()
+    synchronize()
     seconds = time.perf_counter() - start
     peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 30 if cuda else None
     return found if isinstance(found, tuple) else (seconds, peak)
@@ -225,7 +224,8 @@ class Rows:
     def lora_step(self):
         """An even step: the teacher's prediction, two of the student's, gradients, Adam."""
         import peft                                               # only needed here, and slow to import
-        s, W0, folder = realera.Settings(), cross_attention(self.folder), self.folder / "unet"
+        s, folder = realera.Settings(), self.folder / "unet"
+        W0 = {name: W.to(self.device, self.dtype) for name, W in cross_attention(self.folder).items()}
         unet = UNet.from_pretrained(folder, self.dtype, self.device)
         add_lora(unet, s.rank)
         peer = diffusers.UNet2DConditionModel.from_pretrained(folder, dtype=self.dtype).to(self.device)

@@ -264,8 +264,7 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
                  for name, first in (("Eq. 8", 1), ("Eq. 9", 2))[:2 if s.M else 1]}
         return {name: sum(values) / len(values) for name, values in found.items()}
 
-    layers = lora_layers(unet).values()
-    optimizer = torch.optim.Adam([p for layer in layers for p in (layer.lora_A, layer.lora_B)], s.lr)
+    optimizer = torch.optim.Adam([p for name, p in unet.named_parameters() if ".lora_" in name], s.lr)
     before = measure()
     generator = torch.Generator().manual_seed(pairs[0].seed)
     for step in trange(1, s.lora_steps + 1, desc="noise alignment", unit="step", leave=False, disable=None):
@@ -277,8 +276,9 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
 
 def main() -> None:
     from sample import Model, Text                                # the method above needs no network of ours
-    args = erasing_args(__doc__, Settings, {"--lora-steps": {
-        "type": int, "help": "0: closed form only (default 200, section 5)"}})
+    args = erasing_args(__doc__, Settings, {
+        "--lora-steps": {"type": int, "help": "0: closed form only (default 200, section 5)"},
+        "--low-memory": {"action": "store_true", "help": "train in less memory, more slowly"}})
     s, clock = parse_settings(Settings, args.set, lora_steps=args.lora_steps), Clock()
     device, folder = pick_device(args.device), model_folder(args.model)
     text, model, losses = Text(folder), None, {}
@@ -301,6 +301,7 @@ def main() -> None:
             clock("trajectories")
             add_lora(model.unet, s.rank, seed=args.seed)
             put_weights(model.unet, W)
+            model.unet.low_memory = args.low_memory
             losses = align_noise(model, pairs, ways, W0, s)
             for name, (before, after) in losses.items():
                 print(f"{name} on held-out latents: {before:.2e} → {after:.2e} ({after / before - 1:+.1%})")

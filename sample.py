@@ -101,7 +101,8 @@ class Model:
 
                 def eps(z: Tensor, t: int) -> Tensor:
                     bar.update(len(c))
-                    noise = self.unet(torch.cat([z, z]).to(self.dtype), t, context).float()
+                    time = torch.tensor(t)                        # --compile would compile anew for each int
+                    noise = self.unet(torch.cat([z, z]).to(self.dtype), time, context).float()
                     return guided(*noise.chunk(2), guidance)
 
                 start = self.noise(seeds[i:i + batch]).to(self.device)
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="PNG to write; must not exist (default: a new name in out/)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of U-Net, VAE (default float32)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: for many pictures")
     args = parser.parse_args()
     if args.n < 1 or args.seed < 0 or (args.batch is not None and args.batch < 1):
         raise UserError("--n and --batch must be at least 1, --seed at least 0")
@@ -135,6 +137,8 @@ def main() -> None:
     model = Model(model_folder(args.model), pick_device(args.device), DTYPES[args.dtype])
     if args.edit:
         put_weights(model.unet, edited_weights(args.edit, model.folder, model.text))
+    if args.compile:
+        model.unet.compile()
     steps = model.defaults["steps"] if args.steps is None else args.steps
     guidance = model.defaults["guidance"] if args.guidance is None else args.guidance
     start = time.perf_counter()

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from files import UserError, load_network, read_config
 
@@ -221,6 +222,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = config
+        self.low_memory = False                                   # for training; see `forward`
         widths, layers, heads = config.block_out_channels, config.layers_per_block, config.attention_head_dim
         heads = heads if isinstance(heads, tuple) else (heads,) * len(widths)       # one number: all levels
         if not len(widths) == len(config.down_block_types) == len(config.up_block_types) == len(heads):
@@ -266,13 +268,16 @@ class UNet(nn.Module):
                 if isinstance(block, TransformerBlock)}
 
     def forward(self, x: Tensor, t: Tensor | int, context: Tensor | dict) -> Tensor:
+        def layer(block: Block, *inputs) -> Tensor:               # low memory: run again for gradients
+            return checkpoint(block.layer, *inputs, use_reentrant=False) if low else block.layer(*inputs)
+        low = self.low_memory and torch.is_grad_enabled()
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])                   # [B]
         time = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(x.dtype))
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
             for i in range(len(block.resnets)):
-                x = block.layer(i, x, time, context)
+                x = layer(block, i, x, time, context)
                 skips.append(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
@@ -280,7 +285,7 @@ class UNet(nn.Module):
         x = self.mid_block(x, time, context)
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
-                x = block.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+                x = layer(block, i, torch.cat([x, skips.pop()], dim=1), time, context)
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, skips[-1].shape[-2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import bench
 import command
 import files
+import realera
 from files import MINI, cross_attention, put_weights
 from lora import add_lora, lora_layers, lora_off
 from sample import Model
+from unet import UNet
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -185,3 +188,50 @@ def test_layers_still_draw_their_weights_elsewhere():
         pass
     torch.manual_seed(0)
     assert torch.nn.Embedding(50, 20).weight.std().item() == pytest.approx(1, abs=0.1)
+
+
+def lora_gradients(low_memory):
+    """Of the square of mini's prediction, and how many numbers the forward pass keeps for the backward pass."""
+    unet, kept = UNet.from_pretrained(Path(MINI) / "unet"), []
+    add_lora(unet, 2)
+    for layer in lora_layers(unet).values():
+        layer.lora_B.data.fill_(0.1)
+    unet.low_memory = low_memory
+    generator = torch.Generator().manual_seed(0)
+    x, context = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 32, 256, generator=generator)
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y.numel()) or y, lambda y: y):
+        loss = unet(x, T, context).square().mean()
+    loss.backward()
+    with torch.no_grad():
+        assert torch.equal(unet(x, T, context).square().mean(), loss)
+    return {k: p.grad for k, p in unet.named_parameters() if p.requires_grad}, sum(kept)
+
+
+def test_low_memory_gives_the_same_gradients_and_keeps_less():
+    (expected, all_kept), (found, few_kept) = lora_gradients(False), lora_gradients(True)
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+    assert few_kept < all_kept / 2
+
+
+def test_low_memory_erases_to_the_same_bytes(tmp_path, monkeypatch):
+    """The teacher's matrices are in place while it predicts, not while the student's blocks run again."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--concept", "airplane", "--anchor", "sky", "--no-pictures", "--lora-steps", "4", "--device", "cpu",
+             "--set", "trajectories=2", "batch=2"]
+    for out, more in (("a", []), ("b", ["--low-memory"])):
+        monkeypatch.setattr(sys, "argv", ["realera.py", *flags, "--out", out, *more])
+        realera.main()
+    a, b = (load_file(tmp_path / out / "erased.safetensors") for out in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+def test_compiled_once_for_all_steps(model, monkeypatch):
+    """Traced by torch.compile's front half (its back half needs a C++ compiler); a second trace is an error."""
+    import torch._dynamo
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    expected = model.draw(PROMPT, [1], steps=5)
+    model.unet.compile(backend="eager")
+    for _ in range(2):
+        assert (model.draw(PROMPT, [1], steps=5) - expected).abs().max() < 1e-5
