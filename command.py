@@ -113,7 +113,7 @@ def say_numbers(pairs, numbers: dict[str, float]) -> None:
     print("closed form: " + ", ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
     condition, size, *drift = numbers.values()
     if condition > 1e10 or size > 10 or max(drift) > 0.5:
-        print("warning: this moves far more than the concept; try a larger lambda2", file=sys.stderr)
+        print("warning: this moves far more than the concept; try a larger ridge", file=sys.stderr)
 
 
 def finish(folder: Path, model, W0: dict, W: dict, pairs, method: dict, report: dict, args, clock) -> None:

@@ -138,7 +138,7 @@ def closed_form(E: Tensor, E_star: Tensor, P: Tensor, lambda1: float, lambda2: f
     B += lambda2 * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype)
     cond = torch.linalg.cond(B, 1).item()                         # the 2-norm's would cost all eigenvalues
     if not cond < 1e14:
-        raise UserError("the closed form has no unique solution: fewer rows than dimensions; use lambda2 > 0")
+        raise UserError("the closed form has no unique solution: too few rows; raise the ridge (lambda2, l1)")
     # Eq. (7): Δ = Σ (e* − e) eᵀ · B⁻¹
     return torch.cholesky_solve(E.T @ (E_star - E), torch.linalg.cholesky(B)).T, cond
 

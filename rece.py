@@ -21,6 +21,7 @@ unsafe concepts, 1e-3 and 1 for styles and hard objects, 1e-1 and 1 for easy obj
 what an attack regains falls from round to round; it is printed.
 """
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +50,11 @@ class Settings:
     real_prompts: bool = False  # True: realera.py's real prompts must stay, too; the authors keep "" alone
 
     def __post_init__(self):
-        weights = (self.lam, self.l1, self.start_l1)
-        if self.rounds < 0 or min(weights) <= 0 or min(self.erase, self.retain, self.start_erase,
-                                                       self.start_retain) < 0:
-            raise UserError("the settings need rounds at least 0, ridges (lambda, l1, start_l1) above 0 and "
-                            "weights at least 0")
+        above = (self.lam, self.l1, self.start_l1, self.erase, self.start_erase)
+        if not (self.rounds >= 0 and all(0 < x < math.inf for x in above)
+                and all(0 <= x < math.inf for x in (self.retain, self.start_retain))):
+            raise UserError("the settings need rounds and weights (retain) at least 0, weights (erase) and "
+                            "ridges (lambda, l1, start_l1) above 0")
         if self.regularizer not in ("zero", "target"):
             raise UserError(f"the settings need regularizer = zero or target, not {self.regularizer}")
 
@@ -66,11 +67,13 @@ def gram(W: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
 def derive(T: Tensor, G: Tensor, C: Tensor, e: Tensor, lam: float, towards: Tensor | None = None) -> Tensor:
     """The rows that make W₁ T act like W₀ does on e: argmin Σ ‖W₁ T e_adv − W₀ e‖² + λ ‖e_adv − towards‖².
 
-    T, G, C [D, D], e [rows, D] -> [rows, D], float64. `towards` is 0 if not given.
+    T, G, C [D, D], e [rows, D] -> [rows, D], float64. `towards`: 0. UserError if λ is lost beside G.
     """
-    right = T.T @ C @ e.T + (0 if towards is None else lam * towards.T)
-    A = T.T @ G @ T + lam * torch.eye(len(T), dtype=T.dtype)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(A)).T
+    right = T.T @ (C @ e.T) + (0 if towards is None else lam * towards.T)
+    factor, failed = torch.linalg.cholesky_ex(T.T @ G @ T + lam * torch.eye(len(T), dtype=T.dtype))
+    if failed:
+        raise UserError(f"nothing can be derived with --lambda {lam}: use a larger one")
+    return torch.cholesky_solve(right, factor).T
 
 
 def regained(T: Tensor, G: Tensor, C: Tensor, G0: Tensor, e: Tensor, e_star: Tensor, e_adv: Tensor) -> float:
@@ -135,7 +138,9 @@ def main() -> None:
     W0 = cross_attention(folder)
     W1 = read_edit(args.edit, folder) if args.edit else W0
     clock("text")
-    G, C, G0 = gram(W1, W1), gram(W1, W0), gram(W0, W0)
+    G = C = G0 = gram(W0, W0)
+    if args.edit:
+        G, C = gram(W1, W1), gram(W1, W0)
     clock("G")
     T = I = torch.eye(len(G), dtype=G.dtype)
     if not args.edit:
@@ -160,7 +165,8 @@ def main() -> None:
         print(f"what could be derived now leads {left:.1%} of the way back")
         model = None if args.no_pictures else Model(folder, device, DTYPES[args.dtype], text=text)
         said = draw_rounds(new, model, W1, rounds, pairs, args.n, args.seed) if model else []
-        print("\n".join(["drawn from what was derived, before → after its erasure", *said] if said else []))
+        if said:
+            print("drawn from what was derived, before → after its erasure", *said, sep="\n")
         clock("pictures of the rounds")
         finish(new, model, W0, W, pairs, {"method": "RECE", "settings": dataclasses.asdict(s),
                                           "start": about_edit(args.edit) if args.edit else None},
