@@ -33,7 +33,8 @@ def run(*args, cwd, **more):
 def test_a_short_run_prints_and_writes_a_table(tmp_path):
     done = run("--only", "unet-1", "closed-form", "--runs", 2, "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    product, unet, edit = json.loads((tmp_path / "out/bench/mini-cpu.json").read_text())
+    product, unet, edit, again = json.loads((tmp_path / "out/bench/mini-cpu.json").read_text())
+    best = min(product["ours, ms"][1], again["ours, ms"][1])
     assert product["GFLOP"] == pytest.approx(2 * 2048 ** 3 / 1e9, abs=1e-3)
     for row in (unet, edit):
         for name in ("ours, ms", "theirs, ms", "ours / theirs, %"):
@@ -42,7 +43,7 @@ def test_a_short_run_prints_and_writes_a_table(tmp_path):
         ratio = sorted([row["ours / theirs, %"][1], row["ours / theirs, %"][2]])
         assert ratio[0] <= 100 * row["ours, ms"][2] / row["theirs, ms"][1]
         assert row["floor, ms"] == pytest.approx(
-            row["GFLOP"] * product["ours, ms"][1] / product["GFLOP"], rel=0.01, abs=0.01)
+            row["GFLOP"] * best / product["GFLOP"], rel=0.01, abs=0.01)
     table = (tmp_path / "out/bench/mini-cpu.md").read_text()
     assert table in done.stdout and "| UNet, batch 1 |" in table
     rows = list(csv.DictReader((tmp_path / "out/bench/mini-cpu.csv").open()))
