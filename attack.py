@@ -6,7 +6,7 @@
 
 Each attack offers candidates. The strongest, chosen by --choose pictures from seeds of their own, is drawn
 with the same seeds as the plain prompt; success is that CLIP's first choice is the erased concept again.
-Found prompts and embeddings are kept in --out, as are the features of pictures: a killed run goes on from there.
+Found prompts and embeddings are kept in --out, and so is what CLIP sees: a killed run goes on from there.
 """
 import argparse
 import hashlib
