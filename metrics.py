@@ -71,7 +71,8 @@ def frechet(a: Tensor, b: Tensor) -> float:
     values, vectors = torch.linalg.eigh(a.T.cov())
     root = vectors @ (values.clamp(min=0).sqrt()[:, None] * vectors.T)               # Σa^½
     both = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()  # tr (Σa Σb)^½
-    return ((a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * both).item()
+    apart = (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * both
+    return max(0.0, apart.item())                                 # equal clouds: zero but for rounding
 
 
 def as_markdown(rows: list[dict]) -> str:

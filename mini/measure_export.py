@@ -16,15 +16,20 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from command import command_line  # noqa: E402
-from concepts import BOOK, make_pairs, movement, preserved_prompts  # noqa: E402
+from concepts import BOOK, make_pairs, movement, preserved_prompts, row_prompts  # noqa: E402
 from eval_clip import CLIP  # noqa: E402
 from export import low_rank  # noqa: E402
 from files import MINI, about_edit, cross_attention, put_weights, read_edit, read_json  # noqa: E402
 from realera import Settings, edited, erase_in_closed_form  # noqa: E402
 from sample import Model  # noqa: E402
-from scores import row_prompts  # noqa: E402
 
 GROUPS = {"e": "Acc_e", "g": "Acc_g", "a": "Acc_a", "s": "Acc_s"}
+
+
+def prompts_of(concept: str) -> dict[str, list[tuple[str, str]]]:
+    """(wanted, prompt) by group."""
+    groups = row_prompts(concept, "object", range(1))
+    return {group: [(wanted, prompt) for wanted, prompt, _ in rows] for group, rows in groups.items()}
 
 
 class Measure:
@@ -45,7 +50,7 @@ class Measure:
 
     def rank(self, edit: str) -> None:
         W, concept = read_edit(edit, MINI), about_edit(edit)["concepts"][0]
-        groups = row_prompts(concept)
+        groups = prompts_of(concept)
         prompts = [prompt for group in GROUPS for prompt in groups[group]]
         sizes = [len(groups[group]) for group in GROUPS]
         print(f"| rank | relative error | {' | '.join(GROUPS.values())} | pixels off |\n" + "|---" * 7 + "|")
@@ -68,7 +73,7 @@ class Measure:
             pairs = make_pairs([concept], [entry["anchor"]], "object", self.model.text, s.rows, 0)
             delta, _ = erase_in_closed_form(pairs, self.model.text(preserved_prompts("object", pairs)), s)
             # synonyms of the other classes: nothing keeps those, as P holds only the classes' own names
-            groups = row_prompts(concept) | {"s'": [(name, f"a photo of the {book[name]['synonyms'][0]}")
+            groups = prompts_of(concept) | {"s'": [(name, f"a photo of the {book[name]['synonyms'][0]}")
                                                     for name in book if name != concept]}
             prompts = [prompt for group in groups.values() for prompt in group]
             kinds += [kind for kind, group in groups.items() for _ in group]

@@ -135,7 +135,7 @@ def test_after_a_round_keys_and_values_are_the_targets_but_for_the_predicted_res
             residual = W @ after @ e_adv.T - W @ T @ e_star.T     # [out, rows]: keys or values
             assert (residual - W @ T @ predicted).abs().max() < 1e-8
         left.append((predicted.norm() / (e_star - e_adv).norm()).item())
-    assert 0.01 < left[0] < 0.5 and left[2] < 1e-3                # and it vanishes like l₁ without "" to retain
+    assert 0.01 < left[0] < 0.5 and left[2] < 1e-3                # it vanishes like l₁ without "" to retain
     assert left[1] / left[2] == pytest.approx(10, rel=0.05)
 
 
@@ -253,6 +253,9 @@ def test_the_command_writes_the_edit_of_the_naive_loop_and_reports(work, model):
     shares.append(1 - naive_missed(W, W0, e_adv, e) / naive_missed(W0, W0, e_star, e))
     assert equals_file(W, out) and not equals_file(W0, out)
     assert report["regained"] == [[pytest.approx(share.item(), abs=1e-6) for share in shares]]
+    last = naive_derive(W, W0, e, 0.1, 0 * e)                     # what could be derived now
+    left = 1 - naive_missed(W, W0, last, e) / naive_missed(W0, W0, e_star, e)
+    assert report["left"] == pytest.approx(left.item(), abs=1e-6)
     printed = (work / "printed").read_text()
     assert (f"round 1: what is derived leads {shares[0]:.1%} of the way back, once erased {shares[1]:.1%}"
             in printed)
@@ -311,8 +314,9 @@ def test_preview_writes_nothing(tmp_path, capsys):
     (["--lambda", "inf"], "lambda"), (["--lambda", "1e-30"], "larger one|raise the ridge"),
     (["--set", "regularizer=foo"], "zero or target, not foo"), (["--set", "l1=nan"], "l1"),
     (["--set", "D1=1"], "no setting 'D1'"), (["--set", "erase=0"], "erase"),
-    (["--concept", "x"], "2 concepts"), (["--set", "l1=1e-30"], "raise the ridge .*l1"), (["--edit", "nowhere"], "no erased.safetensors"),
-    (["--edit", "other"], "made for another model"), (["--out", "other"], "exists")])
+    (["--concept", "x"], "2 concepts"), (["--set", "l1=1e-30"], "raise the ridge .*l1"),
+    (["--edit", "nowhere"], "no erased.safetensors"), (["--edit", "other"], "made for another model"),
+    (["--out", "other"], "exists")])
 def test_bad_input_is_one_line_and_leaves_nothing(work, tmp_path, capsys, args, match):
     (tmp_path / "other").mkdir()
     write_edit(tmp_path / "other", cross_attention(MINI),
