@@ -149,12 +149,13 @@ def main() -> None:
     rounds = list(iterate(e, e_star, stay, T, G, C, s))
     T = rounds[-1][-1] if rounds else T
     clock("rounds")
+    moved = torch.linalg.solve(G0, C.T @ T) - I                   # W₁ T e = W₀ (e + moved e), or comes nearest
     if args.preview:
-        return preview(args.preview, T - I, text)
+        return preview(args.preview, moved, text)
     with whole_folder(args.out, args.overwrite) as new:
         W = edited(W1, T - I)
         numbers = {"cond(G)": torch.linalg.cond(G, 1).item(), "‖ΔW‖/‖W‖": change(W0, W)}
-        numbers |= drifts(T - I, pairs, text)
+        numbers |= drifts(moved, pairs, text)
         say_numbers(pairs, numbers)
         shares = [[regained(at, G, C, G0, e, e_star, e_adv) for at in (before, after)]
                   for before, e_adv, after in rounds]

@@ -301,6 +301,17 @@ def test_same_seed_same_bytes_and_the_order_of_concepts_is_moot(tmp_path):
     assert a != (tmp_path / "d/erased.safetensors").read_bytes()
 
 
+def test_drift_is_from_the_original_also_on_top_of_an_edit():
+    """Of an edit W₁ = W₀ (I + Δ) the matrix that the drift is measured with is (I + Δ) T − I."""
+    D, generator = 12, torch.Generator().manual_seed(0)
+    W0 = {str(i): torch.randn(30, D, generator=generator).double() for i in range(3)}
+    delta, T = (torch.randn(D, D, generator=generator).double() / 5 for _ in range(2))
+    W1 = {name: W + W @ delta for name, W in W0.items()}
+    I = torch.eye(D).double()
+    moved = torch.linalg.solve(rece.gram(W0, W0), rece.gram(W1, W0).T @ (I + T)) - I
+    assert torch.allclose(moved, (I + delta) @ (I + T) - I, atol=1e-10)
+
+
 def test_preview_writes_nothing(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a photo of the airplane\na cat\n")
     start("rece.py", *AIRPLANE, "--rounds", 1, "--preview", "prompts.txt", cwd=tmp_path)
