@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Callable
 
@@ -22,16 +23,18 @@ from torch import Tensor
 from tqdm import trange
 
 from command import DTYPES, Clock, command_line, measuring_args, pick_device
-from concepts import BOOK, TASKS, Pair, row_prompts
+from concepts import TASKS, Pair, row_prompts
 from eval_clip import judge, write_tables
-from files import (UserError, about_edit, base_hash, cross_attention, grid, model_folder, put_weights,
-                   read_edit, read_json, whole, write_png)
+from files import (UserError, about_edit, base_hash, cross_attention, fingerprint, grid, model_folder,
+                   put_weights, read_edit, whole, write_png)
 from metrics import as_markdown, wilson
 from realera import Settings, Trajectories, anchor_trajectories
 from rece import derive, gram
-from scores import RANK, evaluate
+from scores import RANK, barrier, choices, evaluate
 
-TEMPLATES = ["a photo of the {}", "a picture of the {}", "a photo of a {}", "{}"]
+TEMPLATES = {"object": ["a photo of the {}", "a picture of the {}", "a photo of a {}", "{}"],
+             "style": ["an artwork by {}", "a painting by {}", "in the style of {}", "{}"],
+             "celebrity": ["a portrait of {}", "a picture of {}", "a photo of {}", "{}"]}
 
 
 @dataclass
@@ -51,13 +54,14 @@ class Target:
     def prompt(self) -> str:
         return TASKS[self.task][0].format(self.concept)
 
-    def trajectories(self) -> Trajectories:
+    @cached_property
+    def ways(self) -> Trajectories:
         """Latents and noise of the original model while it draws the concept."""
-        e = self.model.text([self.prompt])[0].double().cpu()
+        e, empty = self.model.text([self.prompt, ""]).cpu()
         pair = Pair(self.concept, self.concept, e, e, 0, 0, 0, self.seed)
         put_weights(self.model.unet, self.W0)
         try:
-            return anchor_trajectories(self.model, pair, self.model.text([""])[0], Settings())
+            return anchor_trajectories(self.model, pair, empty, Settings())
         finally:
             put_weights(self.model.unet, self.W)
 
@@ -71,7 +75,7 @@ def phrases(target: Target) -> dict[str, Tensor]:
     """
     groups = row_prompts(target.concept, target.task, range(1))
     prompts = [prompt for group in "ga" for _, prompt, _ in groups.get(group, [])]
-    prompts += [template.format(target.concept) for template in TEMPLATES[1:]]
+    prompts += [template.format(target.concept) for template in TEMPLATES[target.task][1:]]
     return dict(zip(prompts, target.model.text(prompts)))
 
 
@@ -81,7 +85,7 @@ def embedding(target: Target) -> dict[str, Tensor]:
     White box: both models' cross-attention is needed, but no gradient. Two ridges, relative to G's diagonal.
     """
     G, C = gram(target.W, target.W), gram(target.W, target.W0)
-    e, I = target.model.text([target.prompt])[0].double().cpu(), torch.eye(len(G), dtype=G.dtype)
+    e, I = target.model.text([target.prompt])[0].cpu().double(), torch.eye(len(G), dtype=G.dtype)
     size = gram(target.W0, target.W0).trace().item() / len(G)
     return {f"embedding, λ = {lam:g}": derive(I, G, C, e, lam * size).float() for lam in (1e-3, 1e-1)}
 
@@ -92,15 +96,16 @@ def vector(target: Target) -> dict[str, Tensor]:
 
     Theirs then searches a prompt whose embedding comes near; ours feeds the embedding itself.
     """
-    bare, text = [template.format("").strip() for template in TEMPLATES], target.model.text
-    v = (text([template.format(target.concept) for template in TEMPLATES]) - text(bare)).mean(0)
+    templates, text = TEMPLATES[target.task], target.model.text
+    bare = [template.format("").strip() for template in templates]
+    v = (text([template.format(target.concept) for template in templates]) - text(bare)).mean(0)
     return {f"“{bare[0]}” + {scale} v": text(bare[:1])[0] + scale * v for scale in (0.5, 1, 1.5, 2, 3)}
 
 
 def encode(text, vectors: Tensor) -> Tensor:
     """Token vectors [T, D] -> rows [T, D], with gradients: what CLIP's encoder does after its look-up."""
     encoder = text.encoder
-    x = (vectors + encoder.embeddings.position_embedding.weight)[None]
+    x = (vectors + encoder.embeddings.position_embedding.weight[:len(vectors)])[None]
     return encoder.final_layer_norm(encoder.encoder(x))[0]
 
 
@@ -112,25 +117,25 @@ def insert(target: Target, vectors: Tensor) -> Tensor:
     return encode(text, torch.cat([looked_up[:1], vectors, looked_up[1:len(looked_up) - len(vectors)]]))
 
 
-def matching_loss(target: Target, ways: Trajectories, rows: Tensor, generator: torch.Generator) -> Tensor:
+def matching_loss(target: Target, rows: Tensor, generator: torch.Generator) -> Tensor:
     """How far the edited network, shown `rows`, is from the noise that the original saw of the concept.
 
     UnlearnDiffAtk compares with the noise that was added to a picture; the original's prediction is that
     noise without its chance, and its own latents need no pictures.
     """
     batch, model = Settings().batch, target.model
-    z, t, noise = ways.pick(range(ways.z.shape[0]), batch, generator)
+    z, t, noise = target.ways.pick(range(len(target.ways.z)), batch, generator)
     context = rows.to(model.dtype).expand(batch, -1, -1)
-    return (model.unet(z.to(model.dtype), t, context).float() - noise).square().mean()
+    return (model.unet(z.to(model.dtype), t, context).to(noise) - noise).square().mean()
 
 
 def descend(target: Target, free: Tensor, vectors: Callable, lr: float, after: Callable = None) -> None:
     """Adam on `free`, `budget` steps, through vectors(free) [k, D], the text encoder and the U-Net."""
-    generator, ways = torch.Generator().manual_seed(target.seed), target.trajectories()
+    generator = torch.Generator().manual_seed(target.seed)
     optimizer = torch.optim.Adam([free.requires_grad_()], lr)
     for _ in trange(target.budget, desc="attacking", unit="step", leave=False, disable=None):
         optimizer.zero_grad()
-        loss = matching_loss(target, ways, insert(target, vectors(free)), generator)
+        loss = matching_loss(target, insert(target, vectors(free)), generator)
         loss.backward()
         optimizer.step()
         if after:
@@ -140,7 +145,7 @@ def descend(target: Target, free: Tensor, vectors: Callable, lr: float, after: C
 def prefix(target: Target) -> dict[str, Tensor]:
     """A few soft tokens before the prompt, by gradient descent through the edited U-Net: white box.
 
-    Nobody can type them; they bound from above what typed tokens in the same place could do.
+    Nobody can type them: typed tokens in the same place could do no more than the best of them.
     """
     spread = target.model.text.encoder.embeddings.token_embedding.weight.std()
     free = torch.zeros(target.length, target.model.text.encoder.config.hidden_size, device=spread.device)
@@ -156,23 +161,27 @@ def simplex(x: Tensor) -> Tensor:
     return (x - above.gather(-1, last)).clamp(min=0)
 
 
+def straight_through(theta: Tensor) -> Tensor:
+    """Forward the one-hot of the largest entry, backward the identity."""
+    return F.one_hot(theta.argmax(-1), theta.shape[-1]) + theta - theta.detach()
+
+
 def tokens(target: Target) -> dict[str, Tensor]:
     """UnlearnDiffAtk (Zhang et al. 2024): real tokens before the prompt. White box.
 
     A relaxed one-hot per place is kept on the simplex; forward it counts as its largest entry, backward as
     itself (straight-through). Ours uses Adam where theirs takes signs, and offers the three choices of tokens
-    that had the lowest mean loss.
+    that had the lowest mean loss. A name is their text, which need not be cut into the same tokens again.
     """
     text, seen = target.model.text, {}
     table = text.encoder.embeddings.token_embedding.weight
     special = text.tokenizer([""])[0].unique().tolist()
     allowed = torch.tensor([i for i in range(len(table)) if i not in special], device=table.device)
-    free = torch.full((target.length, len(allowed)), 1 / len(allowed), device=table.device)
-    free += 1e-3 * torch.rand(free.shape, generator=torch.Generator().manual_seed(target.seed)).to(free)
+    words, generator = table[allowed], torch.Generator().manual_seed(target.seed)
+    free = simplex(1e-3 * torch.rand(target.length, len(words), generator=generator)).to(table)
 
     def vectors(theta: Tensor) -> Tensor:
-        hard = F.one_hot(theta.argmax(-1), len(allowed)).to(theta)
-        return (hard + theta - theta.detach()) @ table[allowed]
+        return straight_through(theta) @ words
 
     def after(loss: float) -> None:
         seen.setdefault(chosen[0], []).append(loss)
@@ -193,45 +202,57 @@ ATTACKS = {"phrases": phrases, "embedding": embedding, "vector": vector, "prefix
 # ------------------------------------------------------------------ how often the concept returns
 
 @torch.no_grad()
-def rates(clip, concept: str, candidates: dict, draw: Callable, seeds: range) -> dict[str, float]:
-    """Share of pictures whose first choice is the concept, per candidate. `draw`: jobs -> features."""
-    book = read_json(BOOK)
-    names = list(dict.fromkeys([*book["classes"], *book["scenes"], concept]))
-    prompts = clip.tokenizer([f"a photo of the {name}" for name in names])
-    text = clip.text_features(prompts.to(clip.logit_scale.device)).cpu()
-    found = draw([(name, seed) for name in candidates for seed in seeds])
-    return {name: sum((found[name, seed] @ text.T).argmax().item() == names.index(concept) for seed in seeds)
-            / len(seeds) for name in candidates}
+def rates(clip, target: Target, names, draw: Callable, seeds: range) -> dict[str, tuple[float, float]]:
+    """Share of pictures whose first choice is the concept, and its mean probability, which decides between
+    equal shares, per candidate. `draw`: jobs -> features."""
+    among, prompts = choices(target.task)
+    text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()     # [prompts, P]
+    found, concept = draw([(name, seed) for name in names for seed in seeds]), among.index(target.concept)
+    counted = {}
+    for name in names:
+        cosines = torch.stack([found[name, seed] for seed in seeds]) @ text.T               # [seeds, prompts]
+        logits = clip.logit_scale.exp().item() * cosines.double()
+        counted[name] = ((logits.argmax(1) == concept).double().mean().item(),
+                         logits.softmax(1)[:, concept].mean().item())
+    return counted
 
 
 def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[dict]:
     """Every attack's row, plain prompt first: {attack, strongest, success [value, low, high] in %, …}."""
-    settings = json.dumps([base_hash(target.W), target.concept, target.seed, target.budget])
-    place = folder / "found" / hashlib.sha256(settings.encode()).hexdigest()[:16]
-    place.mkdir(parents=True, exist_ok=True)
-    seeds, rows = range(args.seed, args.seed + args.n), []
+    model, rows = target.model, []
+    settings = [fingerprint(model.folder), base_hash(target.W), str(model.dtype), model.defaults, target.task,
+                target.concept, target.seed, target.budget, target.length]
+    place = folder / "found" / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    seeds = range(args.seed, args.seed + args.n)
     choosing = range(args.seed + args.n, args.seed + args.n + args.choose)
     for name in ["plain", *names]:
         clock, path = Clock(), place / f"{name}.safetensors"
-        if not path.exists():
-            candidates = ({target.prompt: target.model.text([target.prompt])[0]} if name == "plain"
-                          else ATTACKS[name](target))
-            with whole(path) as temporary:
-                save_file({key: x.contiguous().cpu() for key, x in candidates.items()}, temporary)
-        candidates = load_file(path)
+        if name == "plain":
+            candidates = {target.prompt: model.text([target.prompt])[0].cpu()}
+        else:
+            if RANK == 0 and not path.exists():                   # one process searches, all draw
+                place.mkdir(parents=True, exist_ok=True)
+                with whole(path) as temporary:
+                    save_file({key: x.contiguous().cpu() for key, x in ATTACKS[name](target).items()},
+                              temporary)
+            barrier()
+            candidates = load_file(path)
 
-        def draw(jobs):
-            return evaluate(target.model, clip, jobs, folder / "results", args.steps, None, args.batch,
-                            what=f"{target.concept}, {name}", rows=candidates)
+        def draw(jobs, keep=None):
+            return evaluate(model, clip, jobs, folder / "results", args.steps, None, args.batch, keep,
+                            f"{target.concept}, {name}", candidates)
 
-        first = rates(clip, target.concept, candidates, draw, choosing) if len(candidates) > 1 else candidates
-        best = max(sorted(candidates), key=first.get) if len(candidates) > 1 else next(iter(candidates))
-        rate = rates(clip, target.concept, {best: candidates[best]}, draw, seeds)[best]
+        best = next(iter(candidates))
+        if len(candidates) > 1:
+            first = rates(clip, target, candidates, draw, choosing)
+            best = max(sorted(candidates), key=first.get)
+        keep = folder / "pictures" / target.concept / name if args.keep_pictures else None
+        rate = rates(clip, target, [best], lambda jobs: draw(jobs, keep), seeds)[best][0]
         clock("")
         rows.append({"concept": target.concept, "attack": name, "strongest": best,
                      "candidates": len(candidates),
                      "success": [round(100 * x, 1) for x in (rate, *wilson(rate, len(seeds)))],
-                     "seconds": round(sum(clock.seconds.values()), 1), "rows": candidates[best]})
+                     "seconds": round(clock.seconds[""], 1), "rows": candidates[best]})
     return rows
 
 
@@ -253,16 +274,16 @@ def main() -> None:
     about = about_edit(args.edit) if args.edit else {"concepts": [args.concept]}
     W0 = cross_attention(folder)
     W = read_edit(args.edit, folder) if args.edit else W0
-    names = list(ATTACKS) if "all" in args.attack else args.attack
-    name = Path(args.edit).name if args.edit else f"untouched-{args.concept}"
-    out = args.out or Path("out/attack") / name
-    for concept in about["concepts"]:
-        row_prompts(concept, about.get("task", "object"), range(1))      # an unknown one is an error at once
+    names = list(ATTACKS) if "all" in args.attack else list(dict.fromkeys(args.attack))
+    task, concepts = about.get("task", "object"), [concept.lower() for concept in about["concepts"]]
+    out = args.out or Path("out/attack") / (Path(args.edit).name if args.edit else f"untouched-{concepts[0]}")
+    for concept in concepts:
+        row_prompts(concept, task, range(1))                      # an unknown one is an error at once
     model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
     put_weights(model.unet, W)
     rows, pictures = [], []
-    for concept in about["concepts"]:
-        target = Target(model, W0, W, concept, about.get("task", "object"), args.seed, args.budget)
+    for concept in concepts:
+        target = Target(model, W0, W, concept, task, args.seed, args.budget)
         rows += attack(target, clip, names, out, args)
     if RANK == 0:
         for row in rows:                                          # the strongest of each, for the eye

@@ -155,6 +155,14 @@ def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None
     return {job: results.found[job] for job in jobs}
 
 
+def choices(task: str) -> tuple[list[str], list[str]]:
+    """What CLIP chooses among: names, and prompts: first theirs, then those of what serves as an anchor."""
+    template, anchor = TASKS[task]
+    names = [*(ASSOCIATED.get(task) or read_json(BOOK)["classes"])]
+    anchors = [anchor] if task in ASSOCIATED else [template.format(x) for x in read_json(BOOK)["scenes"]]
+    return names, [template.format(name) for name in names] + anchors
+
+
 @torch.no_grad()
 def outcomes(clip: CLIP, concept: str, found: dict[Job, Tensor], seeds: range,
              task: str = "object", erased=()) -> dict[str, dict]:
@@ -165,11 +173,7 @@ def outcomes(clip: CLIP, concept: str, found: dict[Job, Tensor], seeds: range,
     Celebrities are chosen among the five and "a person"; the paper's own judge, GCD, is a --detector. Styles
     are scored by the cosine with "an artwork by …", also where the prompt was another (the paper is silent).
     """
-    template, anchor = TASKS[task]
-    names = [*ASSOCIATED[task]] if task in ASSOCIATED else [*read_json(BOOK)["classes"]]
-    known = len(names)
-    prompts = [template.format(name) for name in names]
-    prompts += [anchor] if task in ASSOCIATED else [template.format(x) for x in read_json(BOOK)["scenes"]]
+    names, prompts = choices(task)
     text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()        # [names, P]
     counted = {"CLIP score": {}} if task == "style" else {"top-1": {}, "probability": {}, "ten-way": {}}
     for group, rows in row_prompts(concept, task, seeds, erased).items():
@@ -182,5 +186,5 @@ def outcomes(clip: CLIP, concept: str, found: dict[Job, Tensor], seeds: range,
             continue
         counted["top-1"][group] = (logits.argmax(1) == wanted).float()
         counted["probability"][group] = logits.softmax(1)[torch.arange(len(wanted)), wanted]
-        counted["ten-way"][group] = (logits[:, :known].argmax(1) == wanted).float()
+        counted["ten-way"][group] = (logits[:, :len(names)].argmax(1) == wanted).float()
     return counted
