@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from xml.etree import ElementTree
 
 import PIL.Image
 import pytest
@@ -448,3 +449,40 @@ def test_an_unknown_attack_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         start("--concept", "airplane", "--attack", "magic", cwd=tmp_path)
     assert end.value.code == 2 and "'magic'" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+# ---- methods × attacks ----
+
+def test_the_plot_puts_each_method_at_what_is_lost_and_what_comes_back():
+    sys.path.insert(0, str(ROOT / "mini"))
+    import measure_attacks
+    rows = [{"method": "a", "Acc_s": [100, 90, 100], "prefix": [0, 0, 5], "tokens": [100, 90, 100]},
+            {"method": "b", "Acc_s": [80, 70, 90], "prefix": [50, 40, 60], "tokens": [25, 10, 40]}]
+    drawing = ElementTree.fromstring(measure_attacks.plot(rows, ["prefix", "tokens"]))
+    svg = "{http://www.w3.org/2000/svg}"
+    circles = [(float(c.get("cx")), float(c.get("cy"))) for c in drawing.iter(f"{svg}circle")]
+    assert circles == [(60.0, 30.0), (480.0, 200.0)]              # nothing lost, all back; 20 % lost, half
+    words = [t.text for t in drawing.iter(f"{svg}text")]
+    assert {"a", "b", "0", "100", "20.0"} <= set(words)
+
+
+def test_every_method_is_made_by_its_own_script_and_only_once(tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT / "mini"))
+    import measure_attacks
+    started = []
+
+    def start(command, **_):
+        started.append(command)
+        Path(command[command.index("--out") + 1]).mkdir(parents=True)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(measure_attacks.tables.subprocess, "run", start)
+    args = argparse.Namespace(out=tmp_path, base="hash", edit_seed=0, model="mini", device="cpu",
+                              dtype="float32")
+    folders = [measure_attacks.made_edit(method, "cat", args) for method in measure_attacks.METHODS]
+    assert len(set(folders)) == 4 and folders == [
+        measure_attacks.made_edit(method, "cat", args) for method in measure_attacks.METHODS]
+    scripts = [Path(command[1]).name for command in started]
+    assert scripts == ["realera.py", "realera.py", "rece.py", "rece.py"]
+    both = started[-1]
+    assert Path(both[both.index("--edit") + 1]) == folders[1] and "--edit" not in started[-2]
