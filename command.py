@@ -42,7 +42,8 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str = "
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=f"settings and their defaults: {settings}")
     parser.add_argument("--concept", action="append", required=True, help="what to erase; may be repeated")
-    parser.add_argument("--anchor", action="append", help="what to draw instead, one each (default: by task; rece.py: nothing)")
+    parser.add_argument("--anchor", action="append",
+                        help="what to draw instead, one each (default: by task; rece.py: nothing)")
     parser.add_argument("--task", choices=TASKS, default="object", help="prompt templates and default anchor")
     parser.add_argument("--model", default=MINI, help="folder, file or hub id (default: mini)")
     parser.add_argument("--out", type=Path, help="edit folder to write (default: out/<concept>)")

@@ -149,7 +149,7 @@ def main() -> None:
     rounds = list(iterate(e, e_star, stay, T, G, C, s))
     T = rounds[-1][-1] if rounds else T
     clock("rounds")
-    moved = torch.linalg.solve(G0, C.T @ T) - I                   # W₁ T e = W₀ (e + moved e), or comes nearest
+    moved = torch.linalg.solve(G0, C.T @ T) - I                   # W₁ T e = W₀ (e + moved e), or nearly
     if args.preview:
         return preview(args.preview, moved, text)
     with whole_folder(args.out, args.overwrite) as new:
