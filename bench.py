@@ -205,7 +205,7 @@ class Rows:
 
     def closed_form(self, outer: bool):
         """One concept, M = 5, N = 3, and the empty prompt; without the text encoder."""
-        text, s, W0 = Text(self.folder), realera.Settings(), cross_attention(self.folder)
+        text, s, W0 = Text(self.folder), realera.Settings(M=5, N=3), cross_attention(self.folder)
         pairs, stay = make_pairs(["airplane"], ["sky"], "object", text, s.rows, 0), text([""])
         E, E_star, P = realera.mine(pairs[0], s)
         P = torch.cat([P, stay[0].double()])

@@ -224,7 +224,7 @@ class Measure:
 
     def measure_residue(self) -> dict:
         """What the closed form of the class word alone leaves (Eq. 7, M = N = 0): the release criterion."""
-        W0, settings, rows = cross_attention(self.args.model), Settings(M=0, N=0), {}
+        W0, settings, rows = cross_attention(self.args.model), Settings(M=0, N=0, lambda1=0.1), {}
         for concept in CLASSES:
             entry = self.book[concept]
             pairs = make_pairs([concept], [entry["anchor"]], "object", self.model.text, settings.rows, 0)
