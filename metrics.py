@@ -48,14 +48,14 @@ def h_o(means: dict[str, float]) -> float:
 def summary(rows: list[dict[str, Tensor]]) -> dict[str, list[float]]:
     """Metrics of one row, or the average of several, in percent: {"Acc_e": [value, low, high], …, "H_o": …}.
 
-    One row's accuracies have Wilson's interval if they count pictures; everything else is bootstrapped. The
-    average H_o is the mean of the rows' H_o, as in the paper's Table 1.
+    Accuracies that count pictures, as many in each row, have Wilson's interval, which says something at 0 and
+    100, too; everything else is bootstrapped. The average H_o is the mean of the rows' H_o, as in Table 1.
     """
     found = {}
     for group in rows[0]:
         x = torch.cat([row[group].double() for row in rows])
         value = sum(row[group].double().mean().item() for row in rows) / len(rows)
-        if len(rows) == 1 and bool(((x == 0) | (x == 1)).all()):
+        if len({len(row[group]) for row in rows}) == 1 and bool(((x == 0) | (x == 1)).all()):
             low, high = wilson(value, len(x))
         else:
             low, high = bootstrap([{group: row[group]} for row in rows], lambda m: m[group])

@@ -60,15 +60,18 @@ def plot(rows: list[dict], names: list[str]) -> str:
             '<text transform="translate(16 195) rotate(-90)" text-anchor="middle">'
             "strongest attack's success (%)</text>"]
     lost = [100 - row["Acc_s"][0] for row in rows]
-    widest = max(10.0, *lost)
+    widest = max(2.0, *lost)
     for tick in range(0, 101, 25):
         text.append(f'<text x="52" y="{374 - 3.4 * tick:.0f}" text-anchor="end">{tick}</text>'
                     f'<text x="{60 + 4.2 * tick:.0f}" y="388" text-anchor="middle">'
                     f"{widest * tick / 100:.1f}</text>")
-    for row, x in zip(rows, lost):
-        x, y = 60 + 420 * x / widest, 370 - 3.4 * max(row[name][0] for name in names)
+    points = sorted((370 - 3.4 * max(row[name][0] for name in names), 60 + 420 * x / widest, row["method"])
+                    for row, x in zip(rows, lost))
+    last = 0.0
+    for y, x, method in points:
+        last = max(y + 4, last + 15)                              # labels below each other
         text.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#2a6"/>'
-                    f'<text x="{x + 9:.1f}" y="{y + 4:.1f}">{row["method"]}</text>')
+                    f'<text x="{x + 9:.1f}" y="{last:.1f}">{method}</text>')
     return "\n".join([*text, "</svg>"]) + "\n"
 
 

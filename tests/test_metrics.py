@@ -82,6 +82,15 @@ def test_average_h_o_is_the_mean_of_rows_not_of_their_accuracies():
     assert abs(found["H_o"][0] - of_means) > 1
 
 
+def test_counts_of_equally_many_pictures_a_row_have_wilsons_interval_of_all():
+    zeros = [{"e": torch.zeros(20), "s": torch.ones(9), "g": torch.zeros(6)} for _ in range(5)]
+    found = summary(zeros)
+    assert found["Acc_e"] == [0, 0, round(100 * wilson(0, 100)[1], 2)]
+    assert found["Acc_s"] == [100, round(100 * wilson(1, 45)[0], 2), 100]
+    found = summary([*zeros, zeros[0] | {"e": torch.ones(60)}])   # an average of rows, not of pictures
+    assert found["Acc_e"][0] == pytest.approx(100 / 6, abs=0.01) and found["Acc_g"][2] > 0
+
+
 def test_one_rows_counts_have_wilsons_interval_and_probabilities_a_bootstrapped_one():
     row = made_up(0) | {"a": torch.full((40,), 0.5)}
     found = summary([row])
