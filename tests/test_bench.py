@@ -31,7 +31,7 @@ def run(*args, cwd, **more):
 # ---- the command ----
 
 def test_a_short_run_prints_and_writes_a_table(tmp_path):
-    done = run("--only", "unet-1", "closed-form", "--runs", 2, "--device", "cpu", cwd=tmp_path)
+    done = run("--only", "unet-1", "closed-form-gram", "--runs", 2, "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     product, unet, edit, again = json.loads((tmp_path / "out/bench/mini-cpu.json").read_text())
     best = min(product["ours, ms"][1], again["ours, ms"][1])
@@ -192,7 +192,7 @@ def test_layers_still_draw_their_weights_elsewhere():
 
 
 def lora_gradients(low_memory):
-    """Of the square of mini's prediction, and how many numbers the forward pass keeps for the backward pass."""
+    """Of the square of mini's prediction, and how many numbers the forward pass keeps for the backward."""
     unet, kept = UNet.from_pretrained(Path(MINI) / "unet"), []
     add_lora(unet, 2)
     for layer in lora_layers(unet).values():
@@ -218,8 +218,8 @@ def test_low_memory_gives_the_same_gradients_and_keeps_less():
 def test_low_memory_erases_to_the_same_bytes(tmp_path, monkeypatch):
     """The teacher's matrices are in place while it predicts, not while the student's blocks run again."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--concept", "airplane", "--anchor", "sky", "--no-pictures", "--lora-steps", "4", "--device", "cpu",
-             "--set", "trajectories=2", "batch=2"]
+    flags = ["--concept", "airplane", "--anchor", "sky", "--no-pictures", "--lora-steps", "2",
+             "--device", "cpu", "--set", "trajectories=2", "batch=2"]
     for out, more in (("a", []), ("b", ["--low-memory"])):
         monkeypatch.setattr(sys, "argv", ["realera.py", *flags, "--out", out, *more])
         realera.main()
@@ -229,7 +229,7 @@ def test_low_memory_erases_to_the_same_bytes(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_once_for_all_steps(model, monkeypatch):
-    """Traced by torch.compile's front half (its back half needs a C++ compiler); a second trace is an error."""
+    """Traced by torch.compile's front half (the back half needs a C++ compiler); a second trace fails."""
     import torch._dynamo
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     expected = model.draw(PROMPT, [1], steps=5)

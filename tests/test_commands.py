@@ -397,7 +397,8 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
               or "mini/" in script):
             assert all(flag in shown(script) for flag in args if flag.startswith("--")), command
         else:
-            quick = ["--lora-steps", "1", "--no-pictures", "--overwrite", "--set", "trajectories=2", "batch=1"]
+            quick = ["--lora-steps", "1", "--no-pictures", "--overwrite", "--set", "trajectories=2",
+                     "batch=1"]
             few = ["--n", "1", "--steps", "2"]
             small = {"realera.py": quick, "rece.py": quick[2:4], "sample.py": few, "eval_clip.py": few,
                      "export.py": []}[script]

@@ -229,7 +229,7 @@ def test_shares_weigh_like_repeated_rows():
 
 
 def test_reach_moves_the_target_beyond_the_anchor():
-    """reach = 2: e goes to e + 2 (e* − e), and the neighbors' targets move along; E and P stay as they are."""
+    """reach = 2: e goes to e + 2 (e* − e), and the neighbors' targets along; E and P stay as they are."""
     p = pair()
     once, twice = (realera.mine(p, Settings(M=3, N=2, reach=reach)) for reach in (1.0, 2.0))
     assert torch.equal(once[0], twice[0]) and torch.equal(once[2], twice[2])
