@@ -1,4 +1,5 @@
 """Set-up for every test: our modules can be imported, the reference libraries are offline and quiet."""
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -25,3 +26,15 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: give --slow to run it"))
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Run a script's main in this process; returns nothing, or raises SystemExit with the exit status."""
+    import command                                                # ours: found by the path above
+
+    def start(script, *args, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        command.command_line(importlib.import_module(script.removesuffix(".py")).main)
+    return start

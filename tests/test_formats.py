@@ -2,7 +2,6 @@
 
 Each is a small random model with the real one's structure, written by diffusers and transformers.
 """
-import importlib
 import json
 import re
 import shutil
@@ -19,7 +18,6 @@ from test_commands import AIRPLANE, MINI, QUICK, refused  # noqa: F401  (a fixtu
 from test_networks import UNETS, edit_json, theirs_text, theirs_unet, theirs_vae
 from test_tokenizer import reference, write_padding, write_vocabulary
 
-import command
 import files
 import hub
 import tables
@@ -62,16 +60,6 @@ def write_model(folder, version):
 @pytest.fixture(scope="module")
 def sd2(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("sd2") / "model", V2)
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Run a script's main in this process."""
-    def start(script, *args, cwd):
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
-        command.command_line(importlib.import_module(script.removesuffix(".py")).main)
-    return start
 
 
 def same_pictures(model, pipe):

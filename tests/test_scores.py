@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import csv
 import hashlib
-import importlib
 import json
 import os
 import random
@@ -27,7 +26,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.run import get_args_parser
 
-import command
 import concepts
 import detectors
 import eval_clip
@@ -53,16 +51,6 @@ def run(script, *args, cwd, status=0, **environment):
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Run a script's main in this process; returns nothing, or raises SystemExit with the exit status."""
-    def start(script, *args, cwd):
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
-        command.command_line(importlib.import_module(script.removesuffix(".py")).main)
-    return start
 
 
 @pytest.fixture
