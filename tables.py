@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from command import DTYPES, command_line, measuring_args, parse_settings, pick_device
 from concepts import BOOK, drifts, make_pairs, preserved_prompts, row_prompts
@@ -62,10 +63,9 @@ def make_edits(rows: list[tuple[str, str, list[str] | None]], args) -> None:
     wanted = {edit_folder(concept, settings, args): (concept, settings)
               for concept, _, settings in rows if settings is not None}              # equal ones once
     in_turn = sorted(wanted, key=lambda folder: wanted[folder][::-1])                # deals slow ones evenly
-    for folder in in_turn[RANK::WORLD]:
+    todo = [folder for folder in in_turn[RANK::WORLD] if not folder.exists()]
+    for folder in tqdm(todo, desc="edits", unit="edit", disable=None if RANK == 0 else True):
         concept, settings = wanted[folder]
-        if folder.exists():
-            continue
         command = [sys.executable, Path(__file__).with_name("realera.py"), "--concept", concept,
                    "--anchor", anchor_of(concept), "--model", args.model, "--out", folder,
                    "--seed", args.edit_seed, "--device", args.device, "--dtype", args.dtype, "--no-pictures",

@@ -1,6 +1,7 @@
 """Set-up for every test: our modules can be imported, the reference libraries are offline and quiet."""
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -28,13 +29,28 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: give --slow to run it"))
 
 
-@pytest.fixture
-def here(monkeypatch):
+@pytest.fixture(scope="session")
+def here():
     """Run a script's main in this process; returns nothing, or raises SystemExit with the exit status."""
     import command                                                # ours: found by the path above
 
     def start(script, *args, cwd):
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
-        command.command_line(importlib.import_module(script.removesuffix(".py")).main)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", [script, *map(str, args)])
+            command.command_line(importlib.import_module(script.removesuffix(".py")).main)
     return start
+
+
+@pytest.fixture
+def refused(here, capsys):
+    """Run a script's main on bad input: one clear line on stderr, exit status 2, and nothing left behind."""
+    def check(script, *args, cwd, match):
+        before = sorted(cwd.rglob("*"))
+        with pytest.raises(SystemExit) as end:
+            here(script, *args, cwd=cwd)
+        errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
+        assert end.value.code == 2
+        assert len(errors) == 1 and errors[0].startswith("error: ") and re.search(match, errors[0]), errors
+        assert sorted(cwd.rglob("*")) == before
+    return check

@@ -2,9 +2,7 @@
 the command as typed by a user: kept, gone on from, refused."""
 import argparse
 import dataclasses
-import importlib
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +17,6 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 import attack
-import command
 from attack import Target, descend, encode, insert, matching_loss, simplex, straight_through
 from clip_text import CLIPTextConfig, CLIPTextModel
 from concepts import ASSOCIATED, BOOK
@@ -315,15 +312,8 @@ def test_the_strongest_is_chosen_on_other_seeds_than_it_is_reported_on(model, cl
 
 # ---- the command ----
 
-def start(*args, cwd, script="attack.py"):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", [script, *map(str, args)])
-        command.command_line(importlib.import_module(script.removesuffix(".py")).main)
-
-
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def work(here, tmp_path_factory):
     """A folder with a `quick` mini/ of one step, two edits, and all attacks on the first as typed."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "quick").mkdir()
@@ -333,7 +323,7 @@ def work(tmp_path_factory):
     (folder / "quick/defaults.json").write_text('{"guidance": 3.0, "steps": 1, "size": 32}')
     for out, concepts in (("one", ["airplane"]), ("two", ["Airplane", "ship"])):
         what = [part for name in concepts for part in ("--concept", name, "--anchor", "sky")]
-        start(*what, "--lora-steps", 0, "--no-pictures", "--out", out, cwd=folder, script="realera.py")
+        here("realera.py", *what, "--lora-steps", 0, "--no-pictures", "--out", out, cwd=folder)
     done = subprocess.run([sys.executable, ROOT / "attack.py", "--edit", "one", *map(str, QUICK)], cwd=folder,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
@@ -368,32 +358,32 @@ def killed(target):
     raise KeyboardInterrupt
 
 
-def test_interrupted_and_gone_on_from_is_the_same_and_nothing_is_done_twice(work, drawn, monkeypatch, capsys):
+def test_interrupted_and_gone_on_from_is_the_same_and_nothing_is_done_twice(here, work, drawn, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(attack.ATTACKS, "vector", killed)
         with pytest.raises(SystemExit) as end:
-            start("--edit", "one", *QUICK, "--out", "again", cwd=work)
+            here("attack.py", "--edit", "one", *QUICK, "--out", "again", cwd=work)
     assert end.value.code == 130 and not (work / "again/attacks.json").exists()
     first = len(drawn)
     assert first == 1 + (10 + 1) + (2 + 1)                        # plain, phrases, embedding
     for name in ("phrases", "embedding"):
         monkeypatch.setitem(attack.ATTACKS, name, killed)         # they are not searched again
-    start("--edit", "one", *QUICK, "--out", "again", cwd=work)
+    here("attack.py", "--edit", "one", *QUICK, "--out", "again", cwd=work)
     assert table(work / "again") == table(work / "out/attack/one")
     assert (work / "again/grid.png").read_bytes() == (work / "out/attack/one/grid.png").read_bytes()
     tokens = table(work / "again")[5]["candidates"]
     assert len(set(drawn)) == len(drawn) == first + (5 + 1) + 1 + (tokens + 1 if tokens > 1 else 1)
 
 
-def test_another_budget_starts_anew_and_the_first_is_still_there(work, monkeypatch, capsys):
+def test_another_budget_starts_anew_and_the_first_is_still_there(here, work, monkeypatch):
     shutil.copytree(work / "out/attack/one", work / "mixed")
     first, = (work / "mixed").glob("found/*/prefix.safetensors")
     before, args = first.read_bytes(), ["--edit", "one", *QUICK, "--attack", "prefix", "--out", "mixed"]
-    start(*args, "--budget", 4, cwd=work)
+    here("attack.py", *args, "--budget", 4, cwd=work)
     second, = set((work / "mixed").glob("found/*/prefix.safetensors")) - {first}
     assert first.read_bytes() == before != second.read_bytes()
     monkeypatch.setitem(attack.ATTACKS, "prefix", killed)
-    start(*args, cwd=work)
+    here("attack.py", *args, cwd=work)
     assert table(work / "mixed") == [row for row in table(work / "out/attack/one")
                                      if row["attack"] in ("plain", "prefix")]
 
@@ -417,8 +407,8 @@ def test_each_edit_concept_seed_budget_and_precision_has_its_own_findings(model,
     assert len(asked) == len(others) + 1                          # once each
 
 
-def test_two_concepts_in_any_case_more_pictures_than_the_grid_shows_and_pictures_kept(work, capsys):
-    start("--edit", "two", *QUICK, "--n", 9, "--attack", "embedding", "embedding",
+def test_two_concepts_in_any_case_more_pictures_than_the_grid_shows_and_pictures_kept(here, work):
+    here("attack.py", "--edit", "two", *QUICK, "--n", 9, "--attack", "embedding", "embedding",
           "--keep-pictures", "--out", "kept", cwd=work)
     rows = table(work / "kept")
     assert [(row["concept"], row["attack"]) for row in rows] == [
@@ -429,8 +419,8 @@ def test_two_concepts_in_any_case_more_pictures_than_the_grid_shows_and_pictures
         assert len([*(work / "kept/pictures" / row["concept"] / row["attack"]).glob("*.png")]) == 9
 
 
-def test_a_concept_typed_in_capitals_is_recognised(work, capsys):
-    start("--concept", "AIRPLANE", *QUICK, "--steps", 5, "--attack", "embedding", cwd=work)
+def test_a_concept_typed_in_capitals_is_recognised(here, work):
+    here("attack.py", "--concept", "AIRPLANE", *QUICK, "--steps", 5, "--attack", "embedding", cwd=work)
     assert [row["success"][0] for row in table(work / "out/attack/untouched-airplane")] == [100, 100]
 
 
@@ -445,21 +435,16 @@ def test_a_concept_typed_in_capitals_is_recognised(work, capsys):
     (["--edit", "teapot"], "teapot"), (["--edit", "other"], "made for another model"),
     (["--edit", "one", "--clip", "nowhere"], "--clip nowhere"),
     (["--edit", "one", "--model", "nowhere"], "--model nowhere")])
-def test_bad_input_is_one_line_and_leaves_nothing(work, tmp_path, capsys, args, match):
+def test_bad_input_is_one_line_and_leaves_nothing(refused, work, tmp_path, args, match):
     for name, about in {"one": {}, "other": {"base_hash": ""}, "teapot": {"concepts": ["teapot"]}}.items():
         (tmp_path / name).mkdir()
         write_edit(tmp_path / name, read_edit(work / "one", MINI), about_edit(work / "one") | about)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as end:
-        start(*args, cwd=tmp_path)
-    errors = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: "), errors
-    assert re.search(match, errors[0]) and sorted(tmp_path.rglob("*")) == before, errors
+    refused("attack.py", *args, cwd=tmp_path, match=match)
 
 
-def test_an_unknown_attack_is_named(tmp_path, capsys):
+def test_an_unknown_attack_is_named(here, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        start("--concept", "airplane", "--attack", "magic", cwd=tmp_path)
+        here("attack.py", "--concept", "airplane", "--attack", "magic", cwd=tmp_path)
     assert end.value.code == 2 and "'magic'" in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 

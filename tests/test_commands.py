@@ -1,7 +1,6 @@
 """Every command as typed by a user, on `mini/`: outputs, determinism, bad input, interruption, diffusers."""
 import contextlib
 import functools
-import importlib
 import io
 import json
 import os
@@ -45,23 +44,6 @@ def run(script, *args, cwd, status=0):
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done
-
-
-@pytest.fixture
-def refused(monkeypatch, capsys):
-    """Run a script's main here (a process of its own for each takes seconds) on bad input: one clear line on
-    stderr, exit status 2, and nothing left behind."""
-    def check(script, *args, cwd, match):
-        before = sorted(cwd.rglob("*"))
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            command.command_line(importlib.import_module(script.removesuffix(".py")).main)
-        errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
-        assert end.value.code == 2
-        assert len(errors) == 1 and errors[0].startswith("error: ") and re.search(match, errors[0]), errors
-        assert sorted(cwd.rglob("*")) == before
-    return check
 
 
 def test_bad_input_ends_a_process_with_status_2_and_one_line(tmp_path):
@@ -337,7 +319,7 @@ def test_interruption_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_leaves_nothing_behind_and_the_old_edit_in_place(tmp_path, monkeypatch):
+def test_full_disk_leaves_nothing_behind_and_the_old_edit_in_place(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("precious")

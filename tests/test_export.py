@@ -1,10 +1,7 @@
 """An edit in other tools and beside other edits: pipeline folders, LoRA files, merging; previews."""
-import importlib
 import json
 import os
-import re
 import shutil
-import sys
 from pathlib import Path
 
 import diffusers
@@ -14,12 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import command
 import export
 import merge
 import realera
 from concepts import make_pairs, preserved_prompts
-from files import UserError, about_edit, cross_attention, put_weights, read_edit, write_edit
+from files import about_edit, cross_attention, put_weights, read_edit, write_edit
 from lora import lora_deltas
 from sample import Model, Text
 from unet import UNet
@@ -32,37 +28,15 @@ CLOSED = ["--lora-steps", "0", "--no-pictures"]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
-def start(script, *args, cwd):
-    """A script's `main` in this process, as the command line calls it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", [script, *map(str, args)])
-        command.command_line(importlib.import_module(script.removesuffix(".py")).main)
-
-
-@pytest.fixture
-def refused(capsys, tmp_path):
-    """Bad input: one clear line on stderr, exit status 2, and nothing left behind."""
-    def check(script, *args, match):
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(SystemExit) as end:
-            start(script, *args, cwd=tmp_path)
-        errors = capsys.readouterr().err.splitlines()
-        assert end.value.code == 2
-        assert len(errors) == 1 and errors[0].startswith("error: ") and re.search(match, errors[0]), errors
-        assert sorted(tmp_path.rglob("*")) == before
-    return check
-
-
 @pytest.fixture(scope="module")
-def edits(tmp_path_factory):
+def edits(here, tmp_path_factory):
     """Two edits made apart, with LoRAs of different ranks and seeds; and the same closed forms without."""
     folder = tmp_path_factory.mktemp("edits")
     few = ["--lora-steps", 1, "--no-pictures", "--set", "trajectories=2", "batch=1"]
-    start("realera.py", *AIRPLANE, *few, "--out", "a", cwd=folder)
-    start("realera.py", *SHIP, *few, "rank=2", "--seed", 5, "--out", "b", cwd=folder)
+    here("realera.py", *AIRPLANE, *few, "--out", "a", cwd=folder)
+    here("realera.py", *SHIP, *few, "rank=2", "--seed", 5, "--out", "b", cwd=folder)
     for name, concept in (("a closed", AIRPLANE), ("b closed", SHIP), ("joint", AIRPLANE + SHIP)):
-        start("realera.py", *concept, *CLOSED, "--out", name, cwd=folder)
+        here("realera.py", *concept, *CLOSED, "--out", name, cwd=folder)
     return folder
 
 
@@ -97,8 +71,8 @@ def drawn_by_diffusers(pipe, noise):
                 height=32, width=32, output_type="pt").images.float()
 
 
-def test_diffusers_opens_the_exported_folder_and_draws_our_picture(edits, tmp_path):
-    start("export.py", "--edit", edits / "a", "--folder", "new/one", cwd=tmp_path)
+def test_diffusers_opens_the_exported_folder_and_draws_our_picture(here, edits, tmp_path):
+    here("export.py", "--edit", edits / "a", "--folder", "new/one", cwd=tmp_path)
     ours = Model(MINI, edit=edits / "a")
     prompt = (["a photo of the airplane"], [1], 5, 3.0)
     picture = ours.draw(*prompt)
@@ -148,8 +122,8 @@ def test_export_takes_no_twin_no_pickle_and_no_missing_part(edits, model, monkey
         assert same({k: v.half() for k, v in pipe.unet.state_dict().items()}, load_file(new / UNET))
 
 
-def test_flags_of_realera_export_what_it_wrote(tmp_path):
-    start("realera.py", *AIRPLANE, *CLOSED, "--export", "sd", "--export-lora", 8, cwd=tmp_path)
+def test_flags_of_realera_export_what_it_wrote(here, tmp_path):
+    here("realera.py", *AIRPLANE, *CLOSED, "--export", "sd", "--export-lora", 8, cwd=tmp_path)
     out = tmp_path / "out/airplane"
     erased = load_file(out / "erased.safetensors")
     assert same(load_file(tmp_path / "sd" / UNET), load_file(MINI / UNET) | erased)
@@ -278,17 +252,18 @@ def test_merging_adds_what_the_loras_learned(edits, text):
         assert (matrix.double() - expected).abs().max() <= 2 ** -11 * expected.abs().max()        # float16
 
 
-def test_sample_draws_with_merged_edits(edits, tmp_path):
+def test_sample_draws_with_merged_edits(here, edits, tmp_path):
     a, b = edits / "a", edits / "b"
     for name, order in (("ab", (a, b)), ("ba", (b, a)), ("a", (a,))):
         flags = [flag for edit in order for flag in ("--edit", edit)]
-        start("sample.py", "a photo of the ship", *flags, "--n", 1, "--steps", 2, "--out", f"{name}.png",
+        here("sample.py", "a photo of the ship", *flags, "--n", 1, "--steps", 2, "--out", f"{name}.png",
               cwd=tmp_path)
     pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("ab", "ba", "a")]
     assert pictures[0] == pictures[1] != pictures[2]
 
 
-def test_eval_clip_has_a_row_for_every_concept_of_merged_edits(edits, text, tmp_path, monkeypatch, capsys):
+def test_eval_clip_has_a_row_for_every_concept_of_merged_edits(here, edits, text, tmp_path, monkeypatch,
+                                                               capsys):
     """Pictures are grey here (others draw them): it is about what is in the U-Net when they are drawn."""
     name = next(iter(cross_attention(MINI)))
     used = {}
@@ -298,7 +273,7 @@ def test_eval_clip_has_a_row_for_every_concept_of_merged_edits(edits, text, tmp_
         return torch.full((len(prompts), 3, 32, 32), 0.5)
 
     monkeypatch.setattr(Model, "draw", draw)
-    start("eval_clip.py", "--edit", edits / "b", "--edit", edits / "a", "--n", 1, cwd=tmp_path)
+    here("eval_clip.py", "--edit", edits / "b", "--edit", edits / "a", "--n", 1, cwd=tmp_path)
     merged = merge.edited_weights([str(edits / "a"), str(edits / "b")], MINI, text)
     for W, found in zip((cross_attention(MINI), merged), used.values(), strict=True):
         assert torch.equal(W[name].float(), found)
@@ -308,10 +283,10 @@ def test_eval_clip_has_a_row_for_every_concept_of_merged_edits(edits, text, tmp_
     assert all("Acc_e" in row for row in rows) and "| airplane | edited |" in capsys.readouterr().out
 
 
-def test_merged_edits_export_under_a_name_of_both(edits, text, tmp_path):
+def test_merged_edits_export_under_a_name_of_both(here, edits, text, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(edits / name, tmp_path / name)
-    start("export.py", "--edit", "b", "--edit", "a", "--lora", 4, "--folder", "sd", cwd=tmp_path)
+    here("export.py", "--edit", "b", "--edit", "a", "--lora", 4, "--folder", "sd", cwd=tmp_path)
     assert sorted(path.name for path in (tmp_path / "a+b").iterdir()) == [
         "lora_rank4.safetensors", "lora_rank4_kohya.safetensors"]
     W = merge.edited_weights([str(edits / "a"), str(edits / "b")], MINI, text)
@@ -320,12 +295,13 @@ def test_merged_edits_export_under_a_name_of_both(edits, text, tmp_path):
 
 # ---- the preview ----
 
-def test_preview_sorts_prompts_by_what_eq_7_does_to_them_without_a_unet(tmp_path, text, monkeypatch, capsys):
+def test_preview_sorts_prompts_by_what_eq_7_does_to_them_without_a_unet(here, tmp_path, text, monkeypatch,
+                                                                        capsys):
     for module, name in ((UNet, "from_pretrained"), (realera, "cross_attention"), (realera, "whole_folder")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("this needs no U-Net and no folder"))
     prompts = ["a photo of the ship", "a photo of the airplane", "", "jet", "a photo of the ship"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    start("realera.py", *AIRPLANE, "--preview", "prompts.txt", cwd=tmp_path)
+    here("realera.py", *AIRPLANE, "--preview", "prompts.txt", cwd=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["‖Δe‖/‖e‖", "prompt"] and len(lines) == 3
@@ -354,7 +330,7 @@ def test_realera_refuses_bad_exports_and_previews(refused, tmp_path, args, match
     (tmp_path / "there/p.txt").write_text("a cat\n")
     (tmp_path / "there/binary").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "there/empty").write_text("\n \n")
-    refused("realera.py", *AIRPLANE, *CLOSED, *args, match=match)
+    refused("realera.py", *AIRPLANE, *CLOSED, *args, cwd=tmp_path, match=match)
 
 
 @pytest.mark.parametrize("args, match", [
@@ -364,7 +340,7 @@ def test_export_refuses_bad_input(refused, edits, tmp_path, args, match):
     (tmp_path / "there").mkdir()
     shutil.copytree(edits / "a", tmp_path / "a")
     (tmp_path / "a/lora_rank1_kohya.safetensors").write_text("precious")
-    refused("export.py", "--edit", "a", *args, match=match)
+    refused("export.py", "--edit", "a", *args, cwd=tmp_path, match=match)
     assert (tmp_path / "a/lora_rank1_kohya.safetensors").read_text() == "precious"
 
 
@@ -378,20 +354,22 @@ def test_edits_that_do_not_go_together_are_refused(refused, edits, tmp_path, cha
     change = {"settings": about["settings"] | {"M": 9}} if change == "M" else change
     shutil.copytree(edits / "b", tmp_path / "c")
     write_edit(tmp_path / "c", tensors, about | change)
-    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", "c", match=match)
+    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", "c", cwd=tmp_path, match=match)
 
 
-def test_the_same_edit_twice_is_refused(refused, edits):
-    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", edits / "a", match="both erase 'airplane'")
+def test_the_same_edit_twice_is_refused(refused, edits, tmp_path):
+    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", edits / "a", cwd=tmp_path,
+            match="both erase 'airplane'")
 
 
 def test_an_edit_that_lost_its_lora_or_half_of_it_cannot_be_merged(refused, edits, tmp_path):
     shutil.copytree(edits / "b", tmp_path / "c")
     path = tmp_path / "c/residual_lora.safetensors"
     save_file({name: tensor for name, tensor in load_file(path).items() if "lora_A" in name}, path)
-    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", "c", match="damaged")
+    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", "c", cwd=tmp_path, match="damaged")
     path.unlink()
-    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", "c", match="residual_lora.*cannot be read")
+    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", "c", cwd=tmp_path,
+            match="residual_lora.*cannot be read")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

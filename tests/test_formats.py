@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
-from test_commands import AIRPLANE, MINI, QUICK, refused  # noqa: F401  (a fixture)
+from test_commands import AIRPLANE, MINI, QUICK
 from test_networks import UNETS, edit_json, theirs_text, theirs_unet, theirs_vae
 from test_tokenizer import reference, write_padding, write_vocabulary
 

@@ -1,7 +1,5 @@
 """RECE: the one-matrix algebra against the authors' loop over layers, and the command as typed by a user."""
-import importlib
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import command
 import rece
 from concepts import Pair
 from files import UserError, about_edit, cross_attention, read_edit, write_edit
@@ -192,14 +189,6 @@ def test_pictures_of_a_round_are_drawn_from_each_concepts_rows_before_and_after(
 
 # ---- the command ----
 
-def start(script, *args, cwd):
-    """A script's `main` in this process, as the command line calls it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", [script, *map(str, args)])
-        command.command_line(importlib.import_module(script.removesuffix(".py")).main)
-
-
 def rows_by_hand(text, concept, anchor):
     """e, e* [32, D], and the rows of the first erasure: from the last concept token on (5 tokens precede)."""
     e, e_star = text([f"a photo of the {concept}", f"a photo of the {anchor}" if anchor else ""]).double()
@@ -220,7 +209,7 @@ def equals_file(W, folder):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def work(here, tmp_path_factory):
     """A folder with a `quick` mini/ of two steps, and RECE of the airplane as a user makes it, in out/."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "quick").mkdir()
@@ -233,7 +222,7 @@ def work(tmp_path_factory):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (folder / "printed").write_text(done.stdout)
-    start("realera.py", *AIRPLANE, "--lora-steps", 0, "--no-pictures", "--out", "realera", cwd=folder)
+    here("realera.py", *AIRPLANE, "--lora-steps", 0, "--no-pictures", "--out", "realera", cwd=folder)
     return folder
 
 
@@ -268,8 +257,8 @@ def test_round_pictures_have_a_row_per_concept_and_two_columns(work):
     assert sheet(work / "out/airplane-rece/before_after.png").shape[:2] == (8, 2)
 
 
-def test_no_rounds_are_the_start_alone_and_the_default_target_is_nothing(work, model, tmp_path):
-    start("rece.py", "--concept", "airplane", "--rounds", 0, "--no-pictures", cwd=tmp_path)
+def test_no_rounds_are_the_start_alone_and_the_default_target_is_nothing(here, model, tmp_path):
+    here("rece.py", "--concept", "airplane", "--rounds", 0, "--no-pictures", cwd=tmp_path)
     _, _, E, E_star = rows_by_hand(model.text, "airplane", "")
     stay = model.text([""])[0].double()
     W = naive_erase(doubles(cross_attention(MINI)), E, E_star, stay, 0.5, 1.0, 1.0)
@@ -279,8 +268,8 @@ def test_no_rounds_are_the_start_alone_and_the_default_target_is_nothing(work, m
 
 
 @pytest.mark.parametrize("lam, regularizer", [(0.1, "zero"), (50.0, "target")])
-def test_rounds_on_top_of_a_realera_edit(work, model, tmp_path, lam, regularizer):
-    start("rece.py", *AIRPLANE, "--edit", work / "realera", "--rounds", 2, "--lambda", lam, "--no-pictures",
+def test_rounds_on_top_of_a_realera_edit(here, work, model, tmp_path, lam, regularizer):
+    here("rece.py", *AIRPLANE, "--edit", work / "realera", "--rounds", 2, "--lambda", lam, "--no-pictures",
           "--set", f"regularizer={regularizer}", "--out", "both", cwd=tmp_path)
     assert about_edit(tmp_path / "both")["start"] == about_edit(work / "realera")
     W0, W = doubles(cross_attention(MINI)), doubles(read_edit(work / "realera", MINI))
@@ -291,13 +280,13 @@ def test_rounds_on_top_of_a_realera_edit(work, model, tmp_path, lam, regularizer
     assert equals_file(W, tmp_path / "both")
 
 
-def test_same_seed_same_bytes_and_the_order_of_concepts_is_moot(tmp_path):
+def test_same_seed_same_bytes_and_the_order_of_concepts_is_moot(here, tmp_path):
     two = [AIRPLANE, ["--concept", "ship", "--anchor", "street"]]
     for name, (first, second) in (("a", two), ("b", two), ("c", two[::-1])):
-        start("rece.py", *first, *second, "--rounds", 1, "--no-pictures", "--out", name, cwd=tmp_path)
+        here("rece.py", *first, *second, "--rounds", 1, "--no-pictures", "--out", name, cwd=tmp_path)
     a, b, c = ((tmp_path / name / "erased.safetensors").read_bytes() for name in "abc")
     assert a == b == c
-    start("rece.py", *two[0], "--rounds", 1, "--no-pictures", "--out", "d", cwd=tmp_path)
+    here("rece.py", *two[0], "--rounds", 1, "--no-pictures", "--out", "d", cwd=tmp_path)
     assert a != (tmp_path / "d/erased.safetensors").read_bytes()
 
 
@@ -312,9 +301,9 @@ def test_drift_is_from_the_original_also_on_top_of_an_edit():
     assert torch.allclose(moved, (I + delta) @ (I + T) - I, atol=1e-10)
 
 
-def test_preview_writes_nothing(tmp_path, capsys):
+def test_preview_writes_nothing(here, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a photo of the airplane\na cat\n")
-    start("rece.py", *AIRPLANE, "--rounds", 1, "--preview", "prompts.txt", cwd=tmp_path)
+    here("rece.py", *AIRPLANE, "--rounds", 1, "--preview", "prompts.txt", cwd=tmp_path)
     assert [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()] == [
         "prompt", "a photo of the airplane", "a cat"]
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
@@ -328,24 +317,17 @@ def test_preview_writes_nothing(tmp_path, capsys):
     (["--concept", "x"], "2 concepts"), (["--set", "l1=1e-30"], "raise the ridge .*l1"),
     (["--edit", "nowhere"], "no erased.safetensors"), (["--edit", "other"], "made for another model"),
     (["--out", "other"], "exists")])
-def test_bad_input_is_one_line_and_leaves_nothing(work, tmp_path, capsys, args, match):
+def test_bad_input_is_one_line_and_leaves_nothing(refused, work, tmp_path, args, match):
     (tmp_path / "other").mkdir()
     write_edit(tmp_path / "other", cross_attention(MINI),
                about_edit(work / "realera") | {"base_hash": "0" * 64})
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as end:
-        start("rece.py", *AIRPLANE, "--no-pictures", *args, cwd=tmp_path)
-    errors = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: "), errors
-    assert re.search(match, errors[0]) and sorted(tmp_path.rglob("*")) == before, errors
+    refused("rece.py", *AIRPLANE, "--no-pictures", *args, cwd=tmp_path, match=match)
 
 
-def test_sample_takes_the_edit_but_does_not_merge_it(work, tmp_path, capsys):
+def test_sample_takes_the_edit_but_does_not_merge_it(here, refused, work, tmp_path):
     draw = ["sample.py", "a cat", "--n", 1, "--model", work / "quick", "--edit", work / "out/airplane-rece"]
-    start(*draw, "--out", "one.png", cwd=tmp_path)
-    start(*draw[:6], "--out", "none.png", cwd=tmp_path)
+    here(*draw, "--out", "one.png", cwd=tmp_path)
+    here(*draw[:6], "--out", "none.png", cwd=tmp_path)
     assert (tmp_path / "one.png").read_bytes() != (tmp_path / "none.png").read_bytes()
-    with pytest.raises(SystemExit) as end:
-        start(*draw, "--edit", work / "realera", "--out", "two.png", cwd=tmp_path)
-    assert end.value.code == 2 and "was made by RECE: only edits of realera.py" in capsys.readouterr().err
-    assert not (tmp_path / "two.png").exists()
+    refused(*draw, "--edit", work / "realera", "--out", "two.png", cwd=tmp_path,
+            match="was made by RECE: only edits of realera.py")
