@@ -25,9 +25,10 @@ from tqdm import trange
 from command import DTYPES, Clock, command_line, measuring_args, pick_device
 from concepts import TASKS, Pair, row_prompts
 from eval_clip import judge, write_tables
-from files import (UserError, about_edit, base_hash, cross_attention, fingerprint, grid, model_folder,
-                   put_weights, read_edit, whole, write_png)
+from files import (UserError, about_edit, base_hash, cross_attention, fingerprint, model_folder, put_weights,
+                   read_edit, whole)
 from metrics import as_markdown, wilson
+from pictures import grid, write_png
 from realera import Settings, Trajectories, anchor_trajectories
 from rece import derive, gram
 from scores import RANK, barrier, choices, evaluate
@@ -132,12 +133,13 @@ def matching_loss(target: Target, rows: Tensor, generator: torch.Generator) -> T
 def descend(target: Target, free: Tensor, vectors: Callable, lr: float, after: Callable = None) -> None:
     """Adam on `free`, `budget` steps, through vectors(free) [k, D], the text encoder and the U-Net."""
     generator = torch.Generator().manual_seed(target.seed)
-    optimizer = torch.optim.Adam([free.requires_grad_()], lr)
+    optimizer, half = torch.optim.Adam([free.requires_grad_()], lr), target.model.dtype == torch.float16
+    scaler = torch.amp.GradScaler(free.device.type, enabled=half)                    # else they underflow
     for _ in trange(target.budget, desc="attacking", unit="step", leave=False, disable=None):
         optimizer.zero_grad()
         loss = matching_loss(target, insert(target, vectors(free)), generator)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer), scaler.update()
         if after:
             after(loss.item())
 

@@ -107,7 +107,7 @@ def compare(title: str, ours: Callable, theirs: Callable | None, runs: int, devi
 
 CHILD = """
 from bench import *
-folder, device, dtype = Path({folder!r}), torch.device({device!r}), {dtype}
+folder, device, dtype = Path({folder!r}), pick_device({device!r}), {dtype}
 def held():                                     # on Linux; getrusage would count the parent process, too
     lines = open("/proc/self/status").readlines() if Path("/proc/self/status").exists() else []
     return next((int(line.split()[1]) / 2 ** 20 for line in lines if line.startswith("VmHWM")), None)

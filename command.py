@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from concepts import TASKS
-from files import MINI, UserError, base_hash, model_folder, refuse_existing, write_edit, write_png
+from files import MINI, UserError, base_hash, model_folder, refuse_existing, write_edit
+from pictures import write_png
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,9 +25,14 @@ def command_line(main) -> None:
     except UserError as error:
         fail(str(error), 2)
     except OSError as error:                                      # a full disk, a forbidden folder
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR,
+                               errno.EEXIST):
             raise
-        fail(f"cannot write {error.filename or 'the output'}: {error.strerror}; nothing is half-written", 2)
+        fail(f"cannot read or write {error.filename or 'the output'}: {error.strerror}; nothing is "
+             "half-written", 2)
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: try --dtype bfloat16, a smaller --batch (realera.py: --low-memory, --set "
+             "batch=4), or --device cpu", 2)
     except KeyboardInterrupt:
         fail("interrupted; nothing is half-written", 130)
 
@@ -65,6 +71,7 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str = "
     args = parser.parse_args()
     if args.n < 1:
         raise UserError("--n must be at least 1; --no-pictures draws none")
+    check_seed(args.seed)
     if args.export_lora is not None and args.export_lora < 1:
         raise UserError("--export-lora is a rank: at least 1")
     args.out = args.out or edit_name(args.concept, suffix)
@@ -72,10 +79,11 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str = "
         if args.export or args.export_lora:
             raise UserError("--preview writes nothing: leave out --export and --export-lora")
         return args
-    if not args.overwrite:                                        # say so now, not after minutes
-        refuse_existing(args.out)
+    refuse_existing(args.out, overwrite=args.overwrite)           # say so now, not after minutes
     if args.export:
         refuse_existing(args.export, "choose another --export")
+        if not (model_folder(args.model) / "model_index.json").exists():
+            raise UserError("--export needs a model folder with a model_index.json, or a hub id")
         out, export = args.out.resolve(), args.export.resolve()
         if out.is_relative_to(export) or export.is_relative_to(out):
             raise UserError(f"--export {args.export} and the edit folder {args.out} must lie apart")
@@ -100,11 +108,17 @@ def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
         args.n = 4 if args.quick else 20
     if args.steps is None and args.quick:
         args.steps = 12
-    if args.n < 1 or args.steps == 0:
-        raise UserError("--n and --steps must be at least 1")
+    check_seed(args.seed)
+    if min(number for number in (args.n, args.steps, args.batch) if number is not None) < 1:
+        raise UserError("--n, --steps and --batch must be at least 1")
     if args.out and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is not a folder")
     return args
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2 ** 62:                                   # pictures count on from it, below 2 ** 63
+        raise UserError(f"--seed must be at least 0 and below 2 to the 62nd, not {seed}")
 
 
 def say_numbers(pairs, numbers: dict[str, float]) -> None:
@@ -143,15 +157,20 @@ def finish(folder: Path, model, W0: dict, W: dict, pairs, method: dict, report: 
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: CUDA, else Apple's GPU, else the CPU."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """`auto`: CUDA, else the CPU; Apple's GPU only by its name, mps, as nothing has been tried on one yet.
+
+    `cuda` without a number is the GPU that torchrun's LOCAL_RANK says; it becomes the current device.
+    """
+    count = torch.cuda.device_count()
     if name == "auto":
-        name = next(kind for kind in there if there[kind])
-        if name == "cuda":                                        # torchrun numbers a machine's processes
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        return torch.device(name)
-    if not there.get(name.split(":")[0], False):
+        name = "cuda" if count else "cpu"
+    if name == "cuda" and count:                                  # a process may see one GPU of many
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
+    there = {"cpu", *(f"cuda:{i}" for i in range(count)), *(["mps"] * torch.backends.mps.is_available())}
+    if name not in there:
         raise UserError(f"--device {name} is not available here: use --device cpu or auto")
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
     return torch.device(name)
 
 

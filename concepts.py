@@ -79,20 +79,20 @@ def make_pairs(concepts: list[str], anchors: list[str] | None, task: str, text, 
     are aligned at their first row; the longer one loses its end. Raises UserError for what cannot be erased.
     """
     template, default = TASKS[task]
-    concepts = [" ".join(concept.split()) for concept in concepts]
-    anchors = [" ".join(anchor.split()) for anchor in (anchors or [default] * len(concepts))]
+    concepts = [" ".join(concept.lower().split()) for concept in concepts]           # CLIP reads no capitals
+    anchors = [" ".join(anchor.lower().split()) for anchor in (anchors or [default] * len(concepts))]
     if not all(concepts):
         raise UserError("--concept is empty")
     if len(concepts) != len(anchors):
         raise UserError(f"{len(concepts)} concepts but {len(anchors)} anchors: each --concept needs one")
-    if len({concept.lower() for concept in concepts}) < len(concepts):
+    if len(set(concepts)) < len(concepts):
         raise UserError("a concept is given twice")
     pairs = []
     for concept, anchor in sorted(zip(concepts, anchors)):
-        if concept.lower() == anchor.lower():
+        if concept == anchor:
             raise UserError(f"the concept {concept!r} is its own anchor: nothing would change")
         p, p_star = template.format(concept), template.format(anchor) if anchor else ""
-        e, e_star = text([p, p_star]).double().cpu()
+        e, e_star = text([p, p_star]).cpu().double()              # in this order: MPS has no float64
         # row 0 is begin-of-text, so the last of k tokens is row k; an empty anchor starts at its end-of-text
         start, start_star = text.tokenizer.count(p), max(1, text.tokenizer.count(p_star))
         if max(start, start_star) > len(e) - 2:
@@ -105,14 +105,14 @@ def make_pairs(concepts: list[str], anchors: list[str] | None, task: str, text, 
 
 def preserved_prompts(task: str, pairs: list[Pair]) -> list[str]:
     """"" (guidance's other half) first, the task's bare template, and 30 nouns but those of the pairs."""
-    named = {word.lower() for pair in pairs for word in (pair.concept, pair.anchor)}
+    named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
     nouns = [f"a photo of the {noun}" for noun in PRESERVED if noun not in named]
     return list(dict.fromkeys(["", TASKS[task][0].format("").strip(), *nouns]))
 
 
 def movement(delta: Tensor, prompts: list[str], text) -> list[float]:
     """‖Δe‖/‖e‖ over all T rows of each prompt: how far W = W₀ (I + Δ) moves what the U-Net sees of it."""
-    return [((e @ delta.T).norm() / e.norm()).item() for e in text(prompts).double().cpu()]
+    return [((e @ delta.T).norm() / e.norm()).item() for e in text(prompts).cpu().double()]
 
 
 def preview(path: Path, delta: Tensor, text) -> None:
@@ -162,8 +162,12 @@ def row_prompts(concept: str, task: str, seeds: range, erased=()) -> dict[str, l
     known = ASSOCIATED.get(task) or (read_json(BOOK)["classes"] if task == "object" else {})
     if name not in known:
         raise UserError(f"{concept!r} ({task}) has no built-in prompts"
-                        + f" (there are {', '.join(known)})" * bool(known) + ": use --prompts FILE.csv")
+                        + f" (there are {', '.join(known)})" * bool(known)
+                        + ": eval_clip.py --prompts FILE.csv takes yours")
     others = [other for other in known if other not in {name, *map(str.lower, erased)}]
+    if not others:
+        raise UserError(f"no other {task} is left to compare {concept!r} with: eval_clip.py --prompts "
+                        "FILE.csv takes yours")
     if task == "object":
         few, associated = seeds, known[name]["associated"]
         synonyms = [template.format(synonym) for synonym in known[name]["synonyms"]]

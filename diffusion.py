@@ -49,8 +49,9 @@ class Scheduler:
 
     def timesteps(self, steps: int) -> list[int]:
         """`steps` times from noise to picture, evenly spaced: 50 -> 981, 961, … 21, 1."""
-        if not 1 <= steps <= self.config.num_train_timesteps:
-            raise UserError(f"steps must lie in 1 … {self.config.num_train_timesteps}, not {steps}")
+        most = self.config.num_train_timesteps - self.config.steps_offset
+        if not 1 <= steps <= most:                                # with all 1000, SD's offset of 1 leads out
+            raise UserError(f"steps must lie in 1 … {most}, not {steps}")
         gap = self.config.num_train_timesteps // steps
         return [i * gap + self.config.steps_offset for i in reversed(range(steps))]
 

@@ -23,10 +23,11 @@ from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Encoder
 from command import DTYPES, command_line, measuring_args, pick_device
 from concepts import BOOK, prompts_to_watch, read_prompts, row_prompts
 from detectors import find_detector
-from files import (UserError, about_edit, cross_attention, grid, load_network, model_folder, put_weights,
-                   read_config, read_json, whole, write_png)
+from files import (UserError, about_edit, cross_attention, load_network, model_folder, put_weights,
+                   read_config, read_json, whole)
 from lora import lora_off
 from metrics import as_csv, as_markdown, bootstrap, frechet, summary, wilson
+from pictures import grid, write_png
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@
 """
 import argparse
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,20 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from command import command_line
-from files import (MINI, UserError, about_edit, cross_attention, find_weights, model_folder, read_json,
+from files import (MINI, UserError, about_edit, cross_attention, find_weights, link, model_folder, read_json,
                    readable, refuse_existing, whole, whole_folder)
 from merge import edited_weights
 
 
 # ---------------------------------------------------------------------------------- a pipeline folder
-
-def link(path: Path, there: Path) -> None:
-    """A hard link costs no space; other disks and some file systems need a copy."""
-    try:
-        os.link(path.resolve(), there)                            # the hub's cache is symbolic links
-    except OSError:
-        shutil.copyfile(path, there)
-
 
 def part_files(folder: Path) -> dict[str, Path]:
     """What diffusers reads of one part of a pipeline, {name to give it: file}; nothing if a network has no

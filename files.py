@@ -1,4 +1,4 @@
-"""What is on disk: model folders, edits, safetensors, PNG; and writing that never leaves a half-written file.
+"""What is on disk: model folders, edits, safetensors; and writing that never leaves a half-written file.
 
 Nothing of ours is imported here but names of tensors and, where a hub id is given, the hub. Weights are read
 from safetensors only, never from a pickle, and nothing that a model folder says is executed. A single file in
@@ -8,9 +8,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
-import struct
-import zlib
 from pathlib import Path
 
 import torch
@@ -150,21 +149,34 @@ def whole(path: str | Path):
         temporary.unlink(missing_ok=True)
 
 
-def refuse_existing(path: Path, instead: str = "choose another --out, or add --overwrite") -> None:
-    if path.exists():
+def link(path: Path, there: Path) -> None:
+    """A hard link costs no space; other disks and some file systems need a copy."""
+    try:
+        os.link(path.resolve(), there)                            # the hub's cache is symbolic links
+    except OSError:
+        shutil.copyfile(path, there)
+
+
+def refuse_existing(path: Path, instead: str = "choose another --out, or add --overwrite",
+                    overwrite: bool = False) -> None:
+    """Raises UserError if `path` exists; with `overwrite`, only if it is anything but an edit folder."""
+    if path.exists() and not overwrite:
         raise UserError(f"{path} exists: {instead}")
+    if path.exists() and not (path / "erased.safetensors").exists():
+        raise UserError(f"{path} is no edit folder, and --overwrite replaces nothing else")
 
 
 @contextlib.contextmanager
 def whole_folder(path: str | Path, overwrite: bool = False):
     """Yield an empty temporary folder, renamed to `path` when the block ends well; else leave nothing."""
     path = Path(path)
-    if not overwrite:
-        refuse_existing(path)
+    refuse_existing(path, overwrite=overwrite)
+    path = path.absolute()                                        # "." has no name
     temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-    first = next((p for p in reversed(path.parents) if not p.exists()), None)
+    made = [parent for parent in path.parents if not parent.exists()]                # innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)                  # what a killed run may have left
+    for left in (temporary, old):                                 # by a killed run
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
@@ -174,34 +186,9 @@ def whole_folder(path: str | Path, overwrite: bool = False):
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if first and not path.exists():                           # nor the parents that were made for it
-            shutil.rmtree(first, ignore_errors=True)
-
-
-def write_png(path: str | Path, picture) -> None:
-    """`picture`, uint8 [H, W, 3], as a PNG: a header, the deflated rows behind filter byte 0, and an end."""
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    height, width, _ = picture.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)            # 8 bits, RGB, no interlace
-    rows = b"".join(b"\0" + row.tobytes() for row in picture)
-    with whole(path) as temporary:
-        temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-                              + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-
-
-def grid(pictures: Tensor, columns: int, zoom: int = 1):
-    """pictures [N, 3, H, W] in [0, 1] -> uint8 [height, width, 3], row by row, 2 white pixels between."""
-    pixels = (pictures.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    pixels = pixels.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-    n, height, width, _ = pixels.shape
-    rows = -(-n // columns)
-    sheet = torch.full((rows * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, dtype=torch.uint8)
-    for i, picture in enumerate(pixels):
-        y, x = 2 + (i // columns) * (height + 2), 2 + (i % columns) * (width + 2)
-        sheet[y:y + height, x:x + width] = picture
-    return sheet.numpy()
+        with contextlib.suppress(OSError):                        # not empty: others use it by now
+            for parent in made:
+                parent.rmdir()
 
 
 # ------------------------------------------------------------------------------------------ models and edits
@@ -224,9 +211,10 @@ def model_folder(name: str, flag: str = "--model") -> Path:
     try:
         return hub.model(name)
     except Exception as error:                                    # no network, no permission, unknown id, …
-        why = isinstance(error, FileNotFoundError) and "no network, and the cache lacks some of it"
-        raise UserError(f"{flag} {name} could not be downloaded ({why or type(error).__name__}); "
-                        "give the folder of a model that you have") from None
+        why = "no network, and the cache lacks some of it" if isinstance(error, FileNotFoundError) else \
+            f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+        raise UserError(f"{flag} {name} could not be downloaded ({why}); give the folder of a model that you "
+                        "have") from None
 
 
 def check_single_file(path: Path, flag: str) -> None:
@@ -269,8 +257,9 @@ def base_hash(tensors: dict[str, Tensor]) -> str:
 
 def fingerprint(folder: Path) -> str:
     """A hash of a model's weight files by size and both ends, so that gigabytes are told apart at once."""
-    sha = hashlib.sha256()
-    for path in sorted(folder.glob("*/*.safetensors")) if folder.is_dir() else [folder]:
+    sha, parts = hashlib.sha256(), ("text_encoder", "unet", "vae")
+    weights = [path for part in parts for path in sorted((folder / part).glob("*.safetensors"))]
+    for path in weights or [folder]:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
             sha.update(f"{path.parent.name}/{path.name} {size}".encode())

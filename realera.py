@@ -80,8 +80,7 @@ def towards_noise(e: Tensor, generator: torch.Generator) -> Tensor:
 
 def radius_at(cosine: float, e: Tensor, v_hat: Tensor) -> float:
     """The r at which cos(e, e + r v̂) has fallen to `cosine`, by the law of sines; infinite if never."""
-    widest = math.acos((e * v_hat).sum() / e.norm())              # the angle from e to v̂, about 135°
-    angle = math.acos(cosine)
+    widest, angle = math.acos((e * v_hat).sum() / e.norm()), math.acos(cosine)      # from e to v̂: about 135°
     return math.inf if angle >= widest else e.norm().item() * math.sin(angle) / math.sin(widest - angle)
 
 
@@ -186,7 +185,7 @@ def mine(pair: Pair, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
 def erase_in_closed_form(pairs: list[Pair], stay: Tensor, s: Settings) -> tuple[Tensor, float]:
     """Algorithm 1, lines 1–24: Δ [D, D] and cond(B). `stay` [prompts, T, D] belongs to P, too."""
     E, E_star, P = (torch.cat(rows) for rows in zip(*(mine(pair, s) for pair in pairs)))
-    return closed_form(E, E_star, torch.cat([P, stay.double().cpu().flatten(0, 1)]), s.lambda1, s.lambda2)
+    return closed_form(E, E_star, torch.cat([P, stay.cpu().double().flatten(0, 1)]), s.lambda1, s.lambda2)
 
 
 @contextlib.contextmanager
@@ -265,12 +264,12 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
         return {name: sum(values) / len(values) for name, values in found.items()}
 
     optimizer = torch.optim.Adam([p for name, p in unet.named_parameters() if ".lora_" in name], s.lr)
-    before = measure()
-    generator = torch.Generator().manual_seed(pairs[0].seed)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)   # they underflow
+    before, generator = measure(), torch.Generator().manual_seed(pairs[0].seed)
     for step in trange(1, s.lora_steps + 1, desc="noise alignment", unit="step", leave=False, disable=None):
         optimizer.zero_grad()
-        loss(step, generator, range(s.trajectories - held_out), s.batch).backward()
-        optimizer.step()
+        scaler.scale(loss(step, generator, range(s.trajectories - held_out), s.batch)).backward()
+        scaler.step(optimizer), scaler.update()
     return {name: [before[name], after] for name, after in measure().items()}
 
 

@@ -30,8 +30,8 @@ from torch import Tensor
 from command import (DTYPES, Clock, command_line, erasing_args, finish, parse_settings, pick_device,
                      say_numbers)
 from concepts import drifts, make_pairs, preserved_prompts, preview
-from files import (UserError, about_edit, cross_attention, grid, model_folder, put_weights, read_edit,
-                   whole_folder, write_png)
+from files import UserError, about_edit, cross_attention, model_folder, put_weights, read_edit, whole_folder
+from pictures import grid, write_png
 from realera import change, closed_form, edited
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clip_text import CLIPTextModel, CLIPTokenizer
-from command import DTYPES, command_line, free_name, pick_device, slug
+from command import DTYPES, check_seed, command_line, free_name, pick_device, slug
 from diffusion import SAMPLERS, Scheduler, guided
-from files import (MINI, UserError, beside, defaults, grid, model_folder, put_weights, read_edit,
-                   write_png)
+from files import MINI, UserError, beside, defaults, model_folder, put_weights, read_edit
 from merge import edited_weights
+from pictures import grid, write_png
 from unet import UNet
 from vae import VAE
 
@@ -65,6 +65,10 @@ class Model:
         self.text = text or Text(folder, device)
         self.unet = UNet.from_pretrained(folder / "unet", dtype, device)
         self.vae = VAE.from_pretrained(folder / "vae", dtype, device)
+        widths, latent = self.unet.config, self.vae.config.latent_channels
+        if not widths.in_channels == widths.out_channels == latent:                  # inpainting: 9
+            raise UserError(f"{folder} is no text-to-image model: its U-Net takes {widths.in_channels} "
+                            f"channels, its VAE {latent}")
         self.scheduler = Scheduler.from_pretrained(folder / "scheduler")
         self.defaults = defaults(folder)
         if edit:
@@ -130,8 +134,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of U-Net, VAE (default float32)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: for many pictures")
     args = parser.parse_args()
-    if args.n < 1 or args.seed < 0 or (args.batch is not None and args.batch < 1):
-        raise UserError("--n and --batch must be at least 1, --seed at least 0")
+    check_seed(args.seed)
+    if args.n < 1 or (args.batch is not None and args.batch < 1):
+        raise UserError("--n and --batch must be at least 1")
     if args.out and args.out.exists():
         raise UserError(f"{args.out} exists: choose another --out")
     model = Model(model_folder(args.model), pick_device(args.device), DTYPES[args.dtype])

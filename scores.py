@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from concepts import ASSOCIATED, BOOK, TASKS, row_prompts
 from eval_clip import CLIP
-from files import UserError, base_hash, fingerprint, read_json, whole, write_png
+from files import UserError, base_hash, fingerprint, link, read_json, whole
+from pictures import write_png
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # torchrun sets these
 Job = tuple[str, int]                                             # prompt and seed: one picture
@@ -107,9 +108,9 @@ def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None
     """
     steps = model.defaults["steps"] if steps is None else steps
     guidance = model.defaults["guidance"] if guidance is None else guidance
-    most = model.scheduler.config.num_train_timesteps
-    if not 1 <= steps <= most or (batch is not None and batch < 1):
-        raise UserError(f"--batch must be at least 1, --steps 1 to {most}")
+    model.scheduler.timesteps(steps)                              # refuses what is impossible
+    if batch is not None and batch < 1:
+        raise UserError("--batch must be at least 1")
     if any(not 0 <= seed < 2 ** 63 for _, seed in jobs):
         raise UserError("seeds must be at least 0 and below 2 to the 63rd")
     weights = {name: p.data.float().cpu() for name, p in model.unet.named_parameters()
@@ -125,7 +126,8 @@ def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None
     blocks = [jobs[i:i + batch] for i in range(0, len(jobs), batch)]
 
     def picture_file(job: Job) -> Path:
-        return results.folder / "pictures" / f"{hashlib.sha256(job[0].encode()).hexdigest()[:8]}-{job[1]}.png"
+        prompt = hashlib.sha256(job[0].encode()).hexdigest()[:16]
+        return results.folder / "pictures" / f"{prompt}-{job[1]}.png"
 
     def done(job: Job) -> bool:
         return job in results.found and (not keep or picture_file(job).exists())
@@ -151,7 +153,7 @@ def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None
         for old in keep.glob("*.png"):
             old.unlink()
         for job in jobs:
-            os.link(picture_file(job), keep / picture_file(job).name)
+            link(picture_file(job), keep / picture_file(job).name)
     return {job: results.found[job] for job in jobs}
 
 

@@ -1,6 +1,6 @@
 """The paper's tables and figures, each one command.
 
-    python tables.py --table 1 --quick                   # ten classes: untouched, closed form only, RealEra
+    python tables.py --table 1 --quick                   # ten classes: untouched, closed forms, RealEra
     python tables.py --table 3                           # automobile, variants 1 to 4
     python tables.py --figure 5 --quick                  # Acc_s − Acc_e over D × S and over M × N
     python tables.py --sweep                             # what each setting does to the text, no pictures
@@ -23,9 +23,9 @@ from tqdm import tqdm
 from command import DTYPES, command_line, measuring_args, parse_settings, pick_device
 from concepts import BOOK, drifts, make_pairs, preserved_prompts, row_prompts
 from eval_clip import judge, write_tables
-from files import (UserError, base_hash, cross_attention, model_folder, put_weights, read_edit, read_json,
-                   write_png)
+from files import UserError, base_hash, cross_attention, model_folder, put_weights, read_edit, read_json
 from metrics import as_markdown, summary
+from pictures import write_png
 from realera import Settings, erase_in_closed_form
 from sample import Model, Text
 from scores import RANK, WORLD, barrier, evaluate, outcomes
@@ -50,7 +50,8 @@ FIGURE = {"D-S": ("D1", [0.8, 0.9, 1.0, 1.1], "S2", [0.1, 0.3, 0.5, 0.65]),
 def edit_folder(concept: str, settings: list[str], args) -> Path:
     """Where the edit of `concept` with `--set settings` lies: named by a hash of all that it depends on."""
     chosen = dataclasses.asdict(parse_settings(Settings, settings))
-    about = json.dumps([chosen, anchor_of(concept), args.base, args.edit_seed], sort_keys=True)
+    dtype = args.dtype if chosen["lora_steps"] else ""            # the closed form is the same in all
+    about = json.dumps([chosen, anchor_of(concept), args.base, args.edit_seed, dtype], sort_keys=True)
     return args.out / "edits" / f"{concept}-{hashlib.sha256(about.encode()).hexdigest()[:10]}"
 
 
@@ -83,9 +84,10 @@ def measure(rows: list[tuple[str, str, list[str] | None]], args) -> list[tuple[d
     folder = model_folder(args.model)
     W0 = cross_attention(folder)
     args.base = base_hash(W0)
-    make_edits(rows, args)
     device, seeds, found = pick_device(args.device), range(args.seed, args.seed + args.n), []
-    model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
+    clip = judge(args.clip, folder, device)                       # that it is there is known before the edits
+    make_edits(rows, args)
+    model = Model(folder, device, DTYPES[args.dtype])
     for i, (concept, variant, settings) in enumerate(rows):
         edit = None if settings is None else edit_folder(concept, settings, args)
         put_weights(model.unet, read_edit(edit, folder) if edit else W0)
@@ -140,7 +142,7 @@ def share_of_shift(delta: torch.Tensor, pair, prompts: list[str], text) -> float
     """How much of the way from the concept to its anchor other prompts are moved along, as a mean: of a
     prompt's rows e' from its last token on, ⟨Δe', e* − e⟩/‖e* − e‖². 1 is all of it, 0 is none."""
     shares = []
-    for prompt, rows in zip(prompts, text(prompts).double().cpu()):
+    for prompt, rows in zip(prompts, text(prompts).cpu().double()):
         rows = rows[text.tokenizer.count(prompt):]
         n = min(len(rows), pair.n)
         shift = pair.block_star()[:n] - pair.block()[:n]

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 import train
 from train import CLASSES, HERE, Captions, Photos, Run, shifted, to_float
 
-from command import command_line  # noqa: E402  (train.py puts the folder above on the path)
+from command import command_line, pick_device  # noqa: E402  (train.py puts the folder above on the path)
 from concepts import make_pairs, preserved_prompts
 from eval_clip import CLIP
-from files import cross_attention, grid, put_weights, write_png
+from files import cross_attention, put_weights
 from metrics import frechet
+from pictures import grid, write_png
 from realera import Settings, edited, erase_in_closed_form
 from sample import Model, Text
 
@@ -305,8 +306,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--edit", type=Path, help="draw with this edit folder, such as out/airplane")
     parser.add_argument("--steps", type=int, default=6000, help="the judge's training steps (default 6000)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     args = parser.parse_args()
+    args.device = pick_device(args.device)
     args.minutes = 1e9
     args.work.mkdir(parents=True, exist_ok=True)
     measure = Measure(args)

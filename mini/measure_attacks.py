@@ -25,7 +25,7 @@ from files import (UserError, base_hash, cross_attention, model_folder, put_weig
                    read_json, whole)
 from metrics import as_markdown, summary, wilson  # noqa: E402
 from sample import Model  # noqa: E402
-from scores import evaluate, outcomes  # noqa: E402
+from scores import WORLD, evaluate, outcomes  # noqa: E402
 
 METHODS = {"closed form": [*tables.CLOSED, "lambda1=0.1"], "RealEra": [],
            # The authors' values for easy objects, but realera.py's real prompts must stay: without them RECE
@@ -85,6 +85,8 @@ def main() -> None:
     parser.add_argument("--choose", type=int, default=4, help="pictures to choose a candidate by (default 4)")
     args = measuring_args(parser)
     args.out, args.edit_seed = args.out or Path("out/tables"), 0
+    if WORLD > 1:
+        raise UserError("this makes its edits in one process: start it without torchrun")
     folder, device = model_folder(args.model), pick_device(args.device)
     W0 = cross_attention(folder)
     args.base, seeds = base_hash(W0), range(args.seed, args.seed + args.n)

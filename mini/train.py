@@ -1,7 +1,7 @@
 """Train `mini/`, a small Stable Diffusion, from CIFAR-10: CLIP, then the VAE, then the U-Net.
 
     python mini/train.py --data cifar-10-batches-bin                      # all stages, into mini/
-    python mini/train.py --data … --stage unet --init mini --minutes 60   # go on from shipped weights
+    python mini/train.py --data … --stage unet --recipe laptop --init mini    # go on from shipped weights
 
 --data is the folder of CIFAR-10's "binary version" (data_batch_1.bin …, test_batch.bin). Every stage writes
 a checkpoint into --work each minute and goes on from it when the command is repeated; a finished stage is
@@ -28,6 +28,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import clip_text, command, diffusion, eval_clip, files, unet, vae  # noqa: E402  (one folder up)
+from pictures import grid, write_png  # noqa: E402
 from concepts import PRESERVED, UNRELATED  # noqa: E402
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -241,6 +242,15 @@ def copy_tokenizer(source: Path, folder: Path) -> clip_text.CLIPTokenizer:
     return clip_text.CLIPTokenizer.from_pretrained(folder)
 
 
+def start_from(net: nn.Module, weights: nn.Module, folder: Path) -> None:
+    """--init: let `net` have the weights of a network of the same sizes."""
+    try:
+        net.load_state_dict(weights.state_dict())
+    except RuntimeError:
+        raise files.UserError(f"{folder} has other sizes than this --recipe: give the one that made it "
+                              f"({' or '.join(RECIPES)})") from None
+
+
 # ---------------------------------------------------------------------------------------- the training loop
 
 class Run:
@@ -258,6 +268,10 @@ class Run:
         self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
         self.deadline = time.monotonic() + 60 * args.minutes
         if self.path.exists():
+            with safe_open(self.path, "pt") as file:
+                if any(file.get_slice(f"net.{n}").get_shape() != list(p.shape)
+                       for n, p in net.named_parameters()):
+                    raise files.UserError(f"{self.path} goes on from another --recipe: give that, or --work")
             self.load()
 
     def state(self) -> dict[str, Tensor]:
@@ -396,7 +410,7 @@ def train_clip(args, recipe: Recipe, photos: Photos, image_only: bool = False) -
         nn.init.normal_(embedding.weight, std=0.02)
     nn.init.normal_(clip.vision_model.embeddings.class_embedding, std=0.02)
     if start:
-        clip.load_state_dict(eval_clip.CLIP.from_pretrained(start / "clip").state_dict())
+        start_from(clip, eval_clip.CLIP.from_pretrained(start / "clip"), start)
     many, close = len(captions.names), captions.closeness().to(args.device)
     templates = range(len(captions.templates))
     ids = tokenizer([captions.caption(i, t) for i in range(len(close)) for t in templates])
@@ -475,7 +489,7 @@ def train_clip(args, recipe: Recipe, photos: Photos, image_only: bool = False) -
     print(f"{run.stage}: zero-shot top-1 on {len(tx)} test photos {right(shipped, len(tx)):.1%}"
           + ("" if finished else " (unfinished)"))
     p = shipped.classify(tx, [f"a photo of the {c}" for c in CLASSES])
-    files.write_png(args.work / "clip.png", files.grid(tx[p.topk(10, dim=0).indices.T.flatten()], 10, zoom=2))
+    write_png(args.work / "clip.png", grid(tx[p.topk(10, dim=0).indices.T.flatten()], 10, zoom=2))
     return finished
 
 
@@ -487,7 +501,7 @@ def train_vae(args, recipe: Recipe, photos: Photos) -> bool:
     torch.manual_seed(0)
     net = vae.VAE(config).to(args.device)
     if args.init:
-        net.load_state_dict(vae.VAE.from_pretrained(args.init / "vae").state_dict())
+        start_from(net, vae.VAE.from_pretrained(args.init / "vae"), args.init)
     x = photos.x.to(args.device)
 
     def loss(rng: torch.Generator, step: int) -> Tensor:
@@ -521,8 +535,8 @@ def train_vae(args, recipe: Recipe, photos: Photos) -> bool:
     shipped = vae.VAE.from_pretrained(args.out / "vae", device=args.device)
     print(f"vae: PSNR on 1,000 test photos {psnr(shipped, test):.1f} dB, "
           f"scaling factor {config.scaling_factor}")
-    files.write_png(args.work / "vae.png",
-                    files.grid(torch.cat([test[:16], restored(shipped, test[:16])]), 16, zoom=2))
+    write_png(args.work / "vae.png",
+                    grid(torch.cat([test[:16], restored(shipped, test[:16])]), 16, zoom=2))
     return finished
 
 
@@ -556,7 +570,7 @@ def train_unet(args, recipe: Recipe, photos: Photos) -> bool:
             nn.init.zeros_((module.conv2 if hasattr(module, "conv2") else module.proj_out).weight)
     nn.init.zeros_(net.conv_out.weight)
     if args.init:
-        net.load_state_dict(unet.UNet.from_pretrained(args.init / "unet").state_dict())
+        start_from(net, unet.UNet.from_pretrained(args.init / "unet"), args.init)
     encoder = clip_text.CLIPTextModel.from_pretrained(args.out / "text_encoder", device=args.device)
     tokenizer = clip_text.CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     autoencoder = vae.VAE.from_pretrained(args.out / "vae", device=args.device)
@@ -616,7 +630,7 @@ def train_unet(args, recipe: Recipe, photos: Photos) -> bool:
         noise = torch.randn(z0.shape, generator=rng).to(args.device)
         c = encoder(tokenizer([prompts[k] for k in test.y.tolist()]).to(args.device))
         error = (model(scheduler.add_noise(z0, noise, t), t, c) - noise).square().mean((1, 2, 3))
-        files.write_png(args.work / f"unet-{run.step:06}.png", files.grid(draw(model, prompts[:10], 1), 10))
+        write_png(args.work / f"unet-{run.step:06}.png", grid(draw(model, prompts[:10], 1), 10))
         return (weight[t] * error).mean().item()
 
     run = Run("unet", net, recipe.unet_steps, 1e-3, 0.01, args, ema=recipe.ema)
@@ -635,7 +649,7 @@ def train_unet(args, recipe: Recipe, photos: Photos) -> bool:
     write_json(args.out / "defaults.json", {"guidance": GUIDANCE, "steps": STEPS, "size": 32})
 
     shipped = unet.UNet.from_pretrained(args.out / "unet", device=args.device)
-    files.write_png(args.work / "unet.png", files.grid(draw(shipped, prompts, 10), 10, zoom=2))
+    write_png(args.work / "unet.png", grid(draw(shipped, prompts, 10), 10, zoom=2))
     print(f"unet: {args.work / 'unet.png'}" + ("" if finished else " (unfinished)"))
     return finished
 
@@ -655,8 +669,9 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="start from this model folder's weights")
     parser.add_argument("--minutes", type=float, default=1e9,
                         help="stop after so long; the same command goes on")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     args = parser.parse_args()
+    args.device = command.pick_device(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[args.recipe]
     photos = Photos(args.data)

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Before anything imports the libraries: they read these once.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
                   TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false",
-                  OMP_NUM_THREADS="1")                            # pytest.ini starts two workers
+                  OMP_NUM_THREADS="1",                            # pytest.ini starts two workers
+                  CUDA_VISIBLE_DEVICES="")                        # bytes and tolerances are a CPU's
 
 
 def pytest_addoption(parser):

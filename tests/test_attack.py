@@ -413,7 +413,7 @@ def test_two_concepts_in_any_case_more_pictures_than_the_grid_shows_and_pictures
     rows = table(work / "kept")
     assert [(row["concept"], row["attack"]) for row in rows] == [
         (concept, name) for concept in ("airplane", "ship") for name in ("plain", "embedding")]
-    assert about_edit(work / "two")["concepts"] == ["Airplane", "ship"]
+    assert about_edit(work / "two")["concepts"] == ["airplane", "ship"]
     assert PIL.Image.open(work / "kept/grid.png").size == (2 + 8 * 98, 2 + 4 * 98)
     for row in rows:
         assert len([*(work / "kept/pictures" / row["concept"] / row["attack"]).glob("*.png")]) == 9
@@ -430,7 +430,8 @@ def test_a_concept_typed_in_capitals_is_recognised(here, work):
     ([], "--edit .*or --concept"), (["--edit", "one", "--concept", "airplane"], "--edit .*or --concept"),
     (["--concept", "teapot"], "teapot"), (["--edit", "one", "--budget", 0], "--budget"),
     (["--edit", "one", "--choose", 0], "--choose"), (["--edit", "one", "--n", 0], "--n"),
-    (["--edit", "one", "--steps", 5000], "--steps"), (["--edit", "one", "--batch", 0], "--batch"),
+    (["--edit", "one", "--steps", 5000], "steps must lie in 1 … 999"),
+    (["--edit", "one", "--batch", 0], "--batch"),
     (["--edit", "one", "--seed", -1], "seed"), (["--edit", "nowhere"], "no erased.safetensors"),
     (["--edit", "teapot"], "teapot"), (["--edit", "other"], "made for another model"),
     (["--edit", "one", "--clip", "nowhere"], "--clip nowhere"),

@@ -26,7 +26,7 @@ import command
 import files
 import realera
 from clip_text import CLIPTokenizer
-from concepts import PRESERVED, UNRELATED, preserved_prompts
+from concepts import PRESERVED, UNRELATED, make_pairs, preserved_prompts
 from eval_clip import CLIP
 from files import UserError, cross_attention, read_edit
 from sample import Model
@@ -128,11 +128,11 @@ def test_long_prompts_are_cut_with_a_warning_that_says_where(tmp_path):
 @pytest.mark.parametrize("args, match", [
     (["x", "--model", "nowhere"], "no such folder"), (["x", "--n", "0"], "--n"),
     (["x", "--steps", "0"], "steps"), (["x", "--steps", "2000"], "steps"), (["x", "--seed", "-1"], "seed"),
-    (["x", "--device", "cuda"], "not available"), (["x", "--edit", "nowhere"], "no erased.safetensors"),
+    (["x", "--seed", "9" * 20], "seed"), (["x", "--device", "cuda"], "not available"),
+    (["x", "--device", "cpu:foo"], "cpu:foo is not available"),
+    (["x", "--edit", "nowhere"], "no erased.safetensors"),
     (["x", "--model", "nobody/nothing"], "could not be downloaded")])
 def test_sample_refuses_bad_input(refused, tmp_path, args, match):
-    if "cuda" in args and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
     refused("sample.py", *args, cwd=tmp_path, match=match)
 
 
@@ -220,6 +220,78 @@ def test_same_seed_same_bytes_and_the_order_of_concepts_is_moot(tmp_path):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
+def test_capitals_are_moot_as_clip_reads_none(here, tmp_path):
+    for out, concept, anchor in (("a", "airplane", "sky"), ("b", "AirPlane", "SKY")):
+        here("realera.py", "--concept", concept, "--anchor", anchor, "--lora-steps", 0, "--no-pictures",
+             "--out", out, cwd=tmp_path)
+    a, b = ((tmp_path / out / "erased.safetensors").read_bytes() for out in "ab")
+    assert a == b and files.about_edit(tmp_path / "b")["concepts"] == ["airplane"]      # as in captions.json
+
+
+def quick_mini(folder):
+    """A folder with quick/, which is mini/ with two sampling steps."""
+    if not (folder / "quick").exists():
+        (folder / "quick").mkdir()
+        for path in MINI.iterdir():
+            if path.name != "defaults.json":
+                (folder / "quick" / path.name).symlink_to(path)
+        (folder / "quick/defaults.json").write_text('{"guidance": 3.0, "steps": 2, "size": 32}')
+    return folder
+
+
+def test_gradients_of_half_precision_do_not_underflow(tmp_path):
+    """The first Adam step has the signs of the gradient: nearly the same ones in float16 as in float32."""
+    signs = []
+    for dtype in (torch.float32, torch.float16):
+        model = Model(quick_mini(tmp_path) / "quick", dtype=dtype)
+        s = realera.Settings(lora_steps=1, trajectories=2, batch=1, M=0, N=0)
+        pairs = make_pairs(["airplane"], ["sky"], "object", model.text, s.rows, 0)
+        W0 = cross_attention(MINI)
+        delta, _ = realera.erase_in_closed_form(pairs, model.text([""]), s)
+        ways = [realera.anchor_trajectories(model, pairs[0], model.text([""])[0], s)]
+        realera.add_lora(model.unet, s.rank)
+        realera.put_weights(model.unet, realera.edited(W0, delta))
+        realera.align_noise(model, pairs, ways, W0, s)
+        signs.append(torch.cat([layer.lora_B.detach().flatten().sign()
+                                for layer in realera.lora_layers(model.unet).values()]))
+    assert (signs[0] == signs[1]).float().mean() > 0.9
+
+
+def test_cuda_is_the_processs_own_gpu_and_mps_must_be_asked_for(monkeypatch):
+    """By torchrun's LOCAL_RANK, also where a process sees fewer GPUs than there are processes."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert command.pick_device("auto").type == "cpu" and command.pick_device("mps").type == "mps"
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name, rank, index in (("auto", "3", 1), ("cuda", "1", 1), ("cuda", "2", 0), ("cuda:1", "0", 1)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert command.pick_device(name) == torch.device("cuda", index)
+        assert current.pop() == f"cuda:{index}" and not current
+    for name in ("cuda:2", "cuda:x", "tpu"):
+        with pytest.raises(UserError, match=f"{name} is not available"):
+            command.pick_device(name)
+
+
+def test_too_little_gpu_memory_is_one_line(capsys):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(SystemExit) as end:
+        command.command_line(full)
+    assert end.value.code == 2 and "--dtype bfloat16" in capsys.readouterr().err
+
+
+def test_fingerprint_is_of_the_networks_only(tmp_path):
+    """mini/train.py's checkpoints, for instance, are no part of the model."""
+    shutil.copytree(MINI, tmp_path / "mini", ignore=shutil.ignore_patterns("work"))
+    before = files.fingerprint(tmp_path / "mini")
+    (tmp_path / "mini/work").mkdir(exist_ok=True)
+    save_file({"x": torch.ones(3)}, tmp_path / "mini/work/judge.safetensors")
+    assert files.fingerprint(tmp_path / "mini") == before
+    save_file({"x": torch.ones(3)}, tmp_path / "mini/vae/diffusion_pytorch_model.safetensors")
+    assert files.fingerprint(tmp_path / "mini") != before
+
+
 def test_sample_takes_the_edit_and_refuses_it_for_another_model(edit, broken, tmp_path):
     run("sample.py", "a photo of the airplane", "--n", 1, "--steps", 2, "--edit", edit[0], cwd=tmp_path)
     path = broken / "unet/diffusion_pytorch_model.safetensors"
@@ -247,10 +319,9 @@ def test_hash_is_the_same_for_full_and_half_precision_files():
     ([*AIRPLANE, "--set", "M=five"], "M="),
     ([*AIRPLANE, "--set", "D7=1"], "no setting"), ([*AIRPLANE, "--set", "D1=0.01"], "neighbor"),
     ([*AIRPLANE, "--n", "0"], "--n"), ([*AIRPLANE, "--device", "cuda"], "not available"),
-    ([*AIRPLANE, "--model", "nowhere"], "no such folder")])
+    ([*AIRPLANE, "--model", "nowhere"], "no such folder"), ([*AIRPLANE, "--seed", "-1"], "seed"),
+    ([*AIRPLANE, "--out", ".", "--overwrite"], "no edit folder")])
 def test_realera_refuses_bad_input(refused, tmp_path, args, match):
-    if "cuda" in args and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
     refused("realera.py", *args, cwd=tmp_path, match=match)
 
 
@@ -258,7 +329,11 @@ def test_existing_folder_is_kept_unless_overwrite_is_given(refused, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("precious")
     args = [*AIRPLANE, "--lora-steps", 0, "--no-pictures", "--out", "out"]
+    refused("realera.py", *args, "--overwrite", cwd=tmp_path, match="out is no edit folder")
+    (tmp_path / "out/erased.safetensors").write_text("an edit")
     refused("realera.py", *args, cwd=tmp_path, match="--overwrite")
+    (tmp_path / ".out.old").mkdir()                               # as a killed run may leave it
+    (tmp_path / ".out.old/half").write_text("left over")
     run("realera.py", *args, "--overwrite", cwd=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["erased.safetensors", "run.json"]
@@ -289,16 +364,20 @@ def damage(model, what):
     if what == "truncated":
         unet.write_bytes(unet.read_bytes()[:100000])
         return "cannot be read"
-    if what == "unsupported":
+    if what in ("class_embed_type", "in_channels"):
         config = json.loads((model / "unet/config.json").read_text())
-        (model / "unet/config.json").write_text(json.dumps(config | {"class_embed_type": "timestep"}))
-        return "class_embed_type"
+        (model / "unet/config.json").write_text(json.dumps(config | {what: 9}))
+        if what == "class_embed_type":
+            return "class_embed_type = 9"
+        wide = tensors["conv_in.weight"].repeat(1, 3, 1, 1)[:, :9]
+        save_file(tensors | {"conv_in.weight": wide.contiguous()}, unet)
+        return "no text-to-image model"                           # inpainting, for instance
     unet.rename(unet.with_suffix(".bin"))
     return "save_file"                                            # says how to convert
 
 
 @pytest.mark.parametrize("what", ["no text encoder", "missing", "extra", "misshapen", "NaN", "truncated",
-                                  "unsupported", "bin"])
+                                  "class_embed_type", "in_channels", "bin"])
 def test_broken_folders_are_named_and_leave_nothing(refused, broken, tmp_path, what):
     match = damage(broken, what)
     work = tmp_path / "work"
@@ -319,10 +398,20 @@ def test_interruption_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_fails_takes_nothing_of_another_run_along(tmp_path):
+    """Both make out/; one is done when the other is interrupted."""
+    with pytest.raises(KeyboardInterrupt), files.whole_folder(tmp_path / "out/tables/a"):
+        with files.whole_folder(tmp_path / "out/b") as new:
+            (new / "edit").write_text("finished")
+        raise KeyboardInterrupt
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out/b", tmp_path / "out/b/edit"]
+
+
 def test_full_disk_leaves_nothing_behind_and_the_old_edit_in_place(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("precious")
+    (target / "erased.safetensors").write_text("an edit")
     with pytest.raises(OSError), files.whole_folder(target, overwrite=True) as new:
         (new / "half").write_text("written")
         raise OSError(28, "No space left on device")

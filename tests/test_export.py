@@ -345,7 +345,7 @@ def test_export_refuses_bad_input(refused, edits, tmp_path, args, match):
 
 
 @pytest.mark.parametrize("change, match", [
-    ({"concepts": ["Airplane"]}, "both erase 'Airplane'"), ({"method": "RECE"}, "made by RECE"),
+    ({"concepts": ["Airplane"]}, "both erase 'airplane'"), ({"method": "RECE"}, "made by RECE"),
     ({"base_hash": "0" * 64}, "another model"), ({"seed": 6}, "not what its settings give"),
     ({"settings": {"gamma": 1}}, "another version"), ({"settings": None}, "another version"),
     ("M", "M = 9 but .* 100")])

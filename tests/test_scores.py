@@ -458,7 +458,7 @@ def test_a_detector_of_ones_own_sees_just_the_pictures_of_this_run(teapot, tmp_p
         done = run("eval_clip.py", "--prompts", "mine.csv", "--edit", teapot, "--steps", steps,
                    "--out", "out", "--detector", "judges:wide", cwd=tmp_path, **environment)
     rows = json.loads((tmp_path / "out/detected.json").read_text())
-    key = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+    key = hashlib.sha256(prompt.encode()).hexdigest()[:16]
     assert rows == [{"variant": variant, "pictures": 2, "names": f"{key}-1.png {key}-4.png"}
                     for variant in ("untouched", "edited")]
     assert (tmp_path / "out/detected.md").read_text() in done.stdout
@@ -518,7 +518,7 @@ def test_prompts_of_a_csv_are_drawn_with_their_seeds_and_scored(teapot, clip, tm
         assert {row["CLIP says"] for row in rows} <= {"cat", "dog"}
         assert len(list((out / "pictures" / variant).iterdir())) == 4
         for row in rows:
-            name = f"{hashlib.sha256(row['prompt'].encode()).hexdigest()[:8]}-{row['seed']}.png"
+            name = f"{hashlib.sha256(row['prompt'].encode()).hexdigest()[:16]}-{row['seed']}.png"
             picture = np.asarray(PIL.Image.open(out / "pictures" / variant / name)) / np.float32(255)
             with torch.no_grad():
                 seen = clip.image_features(clip.preprocess(torch.from_numpy(picture).permute(2, 0, 1)[None]))
@@ -612,7 +612,8 @@ def test_no_two_processes_make_the_same_edit_at_once(tmp_path, monkeypatch, worl
     monkeypatch.setattr(tables.subprocess, "run", note)
     monkeypatch.setattr(tables, "barrier", stop)
     monkeypatch.setattr(tables, "WORLD", world)
-    args = argparse.Namespace(model=str(MINI), out=tmp_path, edit_seed=0, device="cpu", dtype="float32")
+    args = argparse.Namespace(model=str(MINI), out=tmp_path, edit_seed=0, device="cpu", dtype="float32",
+                              clip=None, seed=0, n=1)
     settings = [None, *[["lora_steps=0", *more] for more in tables.TABLES[3].values()]]
     rows = [("automobile", str(some), some) for some in settings]
     for rank in range(world):
@@ -771,8 +772,6 @@ def test_a_bad_csv_is_refused(refused, tmp_path, monkeypatch, content, match):
     (["--steps", "-1"], "steps"), (["--steps", "0"], "steps"), (["--clip", "nowhere"], "--clip nowhere: no"),
     (["--model", "nowhere"], "--model nowhere: no"), (["--device", "cuda"], "not available")])
 def test_eval_clip_refuses_bad_flags(refused, edit, tmp_path, monkeypatch, args, match):
-    if "cuda" in args and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
     monkeypatch.setattr(Model, "draw", no_drawing)
     refused("eval_clip.py", "--edit", edit, *args, cwd=tmp_path, match=match)
 
@@ -808,9 +807,41 @@ def test_eval_clip_refuses_an_edit_of_another_model(refused, other, edit):
             cwd=other.parent / "work", match="made for another model")
 
 
+def test_tables_misses_a_clip_before_it_erases(refused, other, monkeypatch):
+    monkeypatch.setattr(tables.subprocess, "run", lambda *args, **more: pytest.fail("it starts to erase"))
+    refused("tables.py", "--table", 3, "--model", other, cwd=other.parent / "work", match="no clip/.*--clip")
+
+
+def test_nothing_to_compare_with_is_one_line():
+    """An edit that erases all of what has built-in prompts."""
+    for task in ("celebrity", "object"):
+        names = list(concepts.ASSOCIATED.get(task) or read_json(BOOK)["classes"])
+        with pytest.raises(UserError, match=f"no other {task} is left"):
+            row_prompts(names[0], task, range(1), [name.title() for name in names])
+        assert row_prompts(names[0], task, range(1), names[2:])["s"][0][0] == names[1]
+
+
+def test_an_edit_trained_in_another_dtype_is_another_edit():
+    def folder(dtype, *settings):
+        args = argparse.Namespace(out=Path(), base="", edit_seed=0, dtype=dtype)
+        return tables.edit_folder("cat", settings, args)
+    assert folder("float32") != folder("bfloat16") and folder("float32", "M=3") == folder("float32", "M=3")
+    assert folder("float32", "lora_steps=0") == folder("bfloat16", "lora_steps=0")
+
+
+def test_a_disk_without_hard_links_gets_copies(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "a").write_text("picture")
+    scores.link(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "picture"
+
+
 @pytest.mark.parametrize("args, match", [
     (["--table", "3", "--n", "-1"], "--n"), (["--table", "3", "--n", "0"], "--n"),
     (["--table", "3", "--set", "D7=1"], "no setting"), (["--table", "3", "--set", "M=0", "D1=9"], "D1"),
+    (["--table", "3", "--seed", "-1"], "--seed"), (["--table", "3", "--batch", "0"], "--batch"),
     (["--figure", "5", "--concept", "teapot"], "teapot"),
     (["--table", "3", "--model", "nowhere"], "no such folder")])
 def test_tables_refuses_bad_flags(refused, tmp_path, monkeypatch, args, match):

@@ -116,17 +116,17 @@ def test_missing_data_is_one_clear_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def toy_run(work, stop_at=None):
+def toy_run(work, stop_at=None, width=3):
     """Eight steps on a toy; with `stop_at`, Ctrl-C arrives in the middle of that step."""
     torch.manual_seed(0)
-    net = torch.nn.Linear(3, 2)
+    net = torch.nn.Linear(width, 2)
     args = argparse.Namespace(work=work, minutes=1e9)
     steps = train.Run("toy", net, 8, 0.1, 0.01, args, ema=0.9)
 
     def loss(generator, step):
         if step == stop_at:
             raise KeyboardInterrupt
-        return (net(torch.randn(4, 3, generator=generator)) - 1).square().mean()
+        return (net(torch.randn(4, width, generator=generator)) - 1).square().mean()
 
     steps.train(loss)
     return steps
@@ -142,6 +142,14 @@ def test_interrupted_training_resumes_to_the_same_bytes(tmp_path):
     for kept in ("net", "average"):
         for p, q in zip(getattr(whole, kept).parameters(), getattr(resumed, kept).parameters()):
             assert torch.equal(p, q)
+
+
+def test_weights_of_another_recipe_are_refused(tmp_path):
+    toy_run(tmp_path)
+    with pytest.raises(train.files.UserError, match="toy.safetensors goes on from another --recipe"):
+        toy_run(tmp_path, width=4)
+    with pytest.raises(train.files.UserError, match="mini has other sizes than this --recipe: .*laptop"):
+        train.start_from(torch.nn.Linear(4, 2), torch.nn.Linear(3, 2), Path("mini"))
 
 
 def test_held_out_scores_are_kept_with_the_checkpoint(tmp_path):
