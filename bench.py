@@ -286,7 +286,7 @@ def main() -> None:
                              f"{', '.join(MINUTES)}: minutes a call)")
     parser.add_argument("--runs", type=int, default=5, help="timed calls a side (default 5)")
     parser.add_argument("--steps", type=int, default=25, help="of the picture (default 25)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--device", default="auto", help="auto (CUDA or CPU), cpu, cuda, mps")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of both sides (default float32)")
     args = parser.parse_args()
     if diffusers is None or not find_spec("peft"):

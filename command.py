@@ -61,7 +61,7 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str = "
     parser.add_argument("--n", type=int, default=4, help="pictures per prompt, before and after (default 4)")
     parser.add_argument("--no-pictures", action="store_true", help="only write the edit")
     parser.add_argument("--seed", type=int, default=0, help="of mining, LoRA and pictures (default 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--device", default="auto", help="auto (CUDA or CPU), cpu, cuda, mps")
     parser.add_argument("--dtype", choices=DTYPES, default="float32",
                         help="of U-Net and VAE; text encoder and algebra keep theirs (default float32)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
@@ -101,7 +101,7 @@ def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="pictures drawn at a time (default: by their size)")
     parser.add_argument("--out", type=Path, help="folder to write; results that lie there are gone on from")
     parser.add_argument("--keep-pictures", action="store_true", help="keep every picture as a PNG, too")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--device", default="auto", help="auto (CUDA or CPU), cpu, cuda, mps")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of U-Net, VAE (default float32)")
     args = parser.parse_args()
     if args.n is None:

@@ -242,7 +242,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edit", action="append", default=[],
                         help="an edit folder of realera.py, such as out/airplane; several are merged")
-    parser.add_argument("--prompts", type=Path, help="CSV of your own prompts")
+    parser.add_argument("--prompts", type=Path, help="CSV of your own prompts, one picture a row")
     parser.add_argument("--detector", help="nudenet, or module:function: another judge, of the PNGs")
     args = measuring_args(parser)
     if not args.edit and not args.prompts:

@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="ddim (default) or pndm")
     parser.add_argument("--batch", type=int, help="pictures drawn at a time (default: by their size)")
     parser.add_argument("--out", type=Path, help="PNG to write; must not exist (default: a new name in out/)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--device", default="auto", help="auto (CUDA or CPU), cpu, cuda, mps")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of U-Net, VAE (default float32)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: for many pictures")
     args = parser.parse_args()
