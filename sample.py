@@ -65,6 +65,8 @@ class Model:
         self.text = text or Text(folder, device)
         self.unet = UNet.from_pretrained(folder / "unet", dtype, device)
         self.vae = VAE.from_pretrained(folder / "vae", dtype, device)
+        for network in (self.unet, self.vae):                     # on a CPU 5 % faster at SD's size, 10 to 20
+            network.to(memory_format=torch.channels_last)         # at mini's: the convolutions' own layout
         widths, latent = self.unet.config, self.vae.config.latent_channels
         if not widths.in_channels == widths.out_channels == latent:                  # inpainting: 9
             raise UserError(f"{folder} is no text-to-image model: its U-Net takes {widths.in_channels} "
