@@ -79,30 +79,29 @@ def measured(run: Callable, device: torch.device) -> tuple[float, float | None]:
     before, start = cuda and torch.cuda.memory_allocated(), time.perf_counter()
     found = run()
     synchronize()
-    seconds = time.perf_counter() - start
-    peak = (torch.cuda.max_memory_allocated() - before) / 2 ** 30 if cuda else None
-    return found if isinstance(found, tuple) else (seconds, peak)
+    seconds, most = time.perf_counter() - start, cuda and torch.cuda.max_memory_allocated()
+    return found if isinstance(found, tuple) else (seconds, (most - before) / 2 ** 30 if cuda else None)
 
 
 def flops(run: Callable) -> int:
     """FLOP of the matrix products, convolutions and attention in run(), gradients included."""
-    with FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
 def compare(title: str, ours: Callable, theirs: Callable | None, runs: int, device: torch.device) -> dict:
     """A row of the table: warm up, then take turns. Times and ratio are [median, min, max]."""
-    sides, count = {"ours": ours} | ({"theirs": theirs} if theirs else {}), flops(ours)
-    if theirs:
-        theirs()
+    sides = {"ours": ours} | ({"theirs": theirs} if theirs else {})
+    for run in sides.values():
+        run()                                                     # with --compile, this compiles
     rounds = [{side: measured(run, device) for side, run in sides.items()} for _ in range(runs)]
     found = {f"{side}, ms": [1e3 * r[side][0] for r in rounds] for side in sides}
     found["ours / theirs, %"] = [100 * r["ours"][0] / r["theirs"][0] for r in rounds if theirs]
     row = {"": title} | {name: [statistics.median(x), min(x), max(x)] for name, x in found.items() if x}
     row |= {f"{side}, GiB": round(statistics.median(r[side][1] for r in rounds), 3)
             for side in sides if rounds[0][side][1] is not None}
-    return row | ({"GFLOP": round(count / 1e9, 3)} if count else {})
+    return row | ({"GFLOP": round(count / 1e9, 3)} if (count := flops(ours)) else {})
 
 
 CHILD = """
@@ -181,8 +180,7 @@ class Rows:
         (z, _), numbers, prompt = self.random(1), self.model.defaults, "a photo of an airplane"
         return (lambda: self.model.draw([prompt], [0], self.steps),
                 lambda: self.pipe(prompt, latents=z, num_inference_steps=self.steps, output_type="pt",
-                                  guidance_scale=numbers["guidance"], height=numbers["size"],
-                                  width=numbers["size"]).images)
+                                  guidance_scale=numbers["guidance"]).images)
 
     def child(self, code: str) -> Callable:
         """A function: seconds and added GiB of `code` in a new Python that has imported both sides."""
@@ -208,10 +206,9 @@ class Rows:
         text, s, W0 = Text(self.folder), realera.Settings(M=5, N=3), cross_attention(self.folder)
         pairs, stay = make_pairs(["airplane"], ["sky"], "object", text, s.rows, 0), text([""])
         E, E_star, P = realera.mine(pairs[0], s)
-        P = torch.cat([P, stay[0].double()])
         def loop(dtype: torch.dtype, outer: bool) -> dict[str, Tensor]:
-            W, rows = {name: W.to(dtype) for name, W in W0.items()}, (x.to(dtype) for x in (E, E_star, P))
-            return loop_over_layers(W, *rows, s.lambda1, s.lambda2, pairs[0].n, outer)
+            W, rows = {name: W.to(dtype) for name, W in W0.items()}, (E, E_star, torch.cat([P, stay[0]]))
+            return loop_over_layers(W, *(x.to(dtype) for x in rows), s.lambda1, s.lambda2, pairs[0].n, outer)
 
         sides = (lambda: realera.edited(W0, realera.erase_in_closed_form(pairs, stay, s)[0]),
                  lambda: loop(torch.float32, outer))
@@ -241,7 +238,8 @@ class Rows:
             optimizer.zero_grad()
             with torch.no_grad(), teacher():
                 still = eps(z, 500, beyond)
-            realera.noise_alignment_loss(eps, z, 500, target, near, beyond, still).backward()
+            for term in realera.noise_alignment_loss(eps, z, 500, target, near, beyond, still):
+                term.backward()
             optimizer.step()
 
         adam, adam_peer = (torch.optim.Adam([p for p in network.parameters() if p.requires_grad], s.lr)
@@ -251,8 +249,7 @@ class Rows:
 
     def erasure(self):
         """realera.py without pictures: on a CPU the closed form alone, on a GPU the default 200 steps too."""
-        few = " + ['--lora-steps', '0']" * (self.device.type == "cpu")
-        return self.child(f"{ERASE}{few}; realera.main()"), None
+        return self.child(ERASE), None
 
 
 LOAD_OURS = """networks = [kind.from_pretrained(folder / part, dtype, device) for part, kind in (
@@ -262,7 +259,8 @@ LOAD_THEIRS = """networks = [kind.from_pretrained(folder / part, dtype=dtype).to
         ("vae", diffusers.AutoencoderKL))]"""
 READ = "; [parameter.sum() for network in networks for parameter in network.parameters()]"
 ERASE = """sys.argv = ["", "--concept", "airplane", "--anchor", "sky", "--no-pictures",
-        "--model", str(folder), "--device", str(device), "--dtype", str(dtype)[6:]]"""
+        "--model", str(folder), "--device", str(device), "--dtype", str(dtype)[6:],
+        *["--lora-steps", "0"] * (device.type == "cpu")]; realera.main()"""
 
 ROWS = {
     "unet-1": ("UNet, batch 1", Rows.unet, 1), "unet-2": ("UNet, batch 2", Rows.unet, 2),
@@ -288,6 +286,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25, help="of the picture (default 25)")
     parser.add_argument("--device", default="auto", help="auto (CUDA or CPU), cpu, cuda, mps")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of both sides (default float32)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the U-Nets of both sides")
     args = parser.parse_args()
     if diffusers is None or not find_spec("peft"):
         raise UserError("diffusers, transformers or peft is missing: pip install -r requirements-test.txt")
@@ -301,6 +300,8 @@ def main() -> None:
         make_full_size(folder)
     slow = MINUTES if args.size == "full" and device.type == "cpu" else ()
     rows, n = Rows(folder, device, dtype, args.steps), 8192 if device.type == "cuda" else 2048
+    for unet in (rows.model.unet, rows.pipe.unet) if args.compile else ():
+        unet.compile()
     a, b = torch.randn(2, n, n).to(device, dtype)
     product = f"product of two {n}×{n} matrices, {args.dtype}, {torch.get_num_threads()} threads"
     table = [compare(product, lambda: a @ b, None, 10, device)]
@@ -311,7 +312,6 @@ def main() -> None:
     table.append(compare(product, lambda: a @ b, None, 10, device))           # it may have been busy before
     rate = max(row["GFLOP"] / row["ours, ms"][1] for row in (table[0], table[-1]))
     table = [row | ({"floor, ms": round(row["GFLOP"] / rate, 2)} if "GFLOP" in row else {}) for row in table]
-    out.mkdir(parents=True, exist_ok=True)
     write_tables(out, f"{args.size}-{device.type}", table)
     print(f"{as_markdown(table)}\nwrote {out / args.size}-{device.type}.md, .csv and .json")
 

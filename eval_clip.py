@@ -200,6 +200,7 @@ def write_tables(out: Path, name: str, rows: list[dict]) -> None:
     """`rows` as name.json, name.csv and name.md."""
     texts = {"json": json.dumps(rows, indent=1, ensure_ascii=False) + "\n", "csv": as_csv(rows),
              "md": as_markdown(rows)}
+    out.mkdir(parents=True, exist_ok=True)
     for ending, text in texts.items():
         with whole(out / f"{name}.{ending}") as temporary:
             temporary.write_text(text, encoding="utf-8")

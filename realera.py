@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -156,16 +156,16 @@ def change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> float:
 # -------------------------------------------------------------------------- noise alignment, Eqs. 8, 9
 
 def noise_alignment_loss(eps: Callable, z: Tensor, t: Tensor, target: Tensor, c: Tensor,
-                         beyond: Tensor | None = None, beyond_target: Tensor | None = None) -> Tensor:
-    """Mean squared distance of the student's eps(z, t, c) to the teacher's. z [B, 4, h, w], c [B, T, D].
+                         beyond: Tensor | None = None, beyond_target: Tensor | None = None) -> Iterator:
+    """Mean squared distances of the student's eps(z, t, c) to the teacher's, term by term: each can be
+    differentiated, and its graph freed, before the next is computed. z [B, 4, h, w], c [B, T, D].
 
     Odd steps: c is the concept, `target` = ε̂(z, t, e*). Even steps: c is a neighbor, and `beyond` must give
     what it gave, ε̂(z, t, beyond). The paper prints squared norms; the mean only rescales them.
     """
-    if beyond is None:
-        return (eps(z, t, c) - target).square().mean()            # Eq. (8)
-    return ((eps(z, t, c) - target).square().mean()               # Eq. (9)
-            + (eps(z, t, beyond) - beyond_target).square().mean())
+    yield (eps(z, t, c) - target).square().mean()                 # Eq. (8)
+    if beyond is not None:
+        yield (eps(z, t, beyond) - beyond_target).square().mean()                    # Eq. (9) adds this
 
 
 # -------------------------------------------------------------------------- Algorithm 1
@@ -210,7 +210,8 @@ class Trajectories:
     def pick(self, pictures: range, batch: int, generator: torch.Generator):
         i = torch.randint(pictures.start, pictures.stop, (batch,), generator=generator)
         j = torch.randint(len(self.t), (batch,), generator=generator)
-        return self.z[i, j], self.t[j], self.target[i, j]
+        found = [(self.z[k, l], self.t[l], self.target[k, l]) for k, l in zip(i.tolist(), j.tolist())]
+        return map(torch.stack, zip(*found))                      # z[i, j] would wait to send i, j to a GPU
 
 
 @torch.no_grad()
@@ -238,9 +239,10 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
     W0 = {name: W.to(unet.get_parameter(name)) for name, W in W0.items()}     # so that a swap copies nothing
 
     def eps(z: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        return unet(z.to(model.dtype), t, c.to(model.dtype).to(model.device)).float()
+        c = c.to(model.dtype).pin_memory() if model.device.type == "cuda" else c.to(model.dtype)
+        return unet(z.to(model.dtype), t, c.to(model.device, non_blocking=True)).float()       # no waiting
 
-    def loss(step: int, generator: torch.Generator, pictures: range, batch: int) -> Tensor:
+    def loss(step: int, generator: torch.Generator, pictures: range, batch: int) -> Iterator[Tensor]:
         i = (step - 1) // 2 % len(pairs)
         pair, (z, t, target) = pairs[i], ways[i].pick(pictures, batch, generator)
         if step % 2 or not s.M:                                   # without neighbors every step is odd
@@ -258,17 +260,17 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
     def measure() -> dict[str, float]:
         generator = torch.Generator().manual_seed(1)              # the same draws both times
         pictures = range(s.trajectories - held_out, s.trajectories)
-        found = {name: [loss(step, generator, pictures, 4 * s.batch).item()
-                        for step in range(first, 4 * len(pairs) + 1, 2)]
-                 for name, first in (("Eq. 8", 1), ("Eq. 9", 2))[:2 if s.M else 1]}
-        return {name: sum(values) / len(values) for name, values in found.items()}
+        return {name: torch.stack([sum(loss(step, generator, pictures, 4 * s.batch))
+                                   for step in range(first, 4 * len(pairs) + 1, 2)]).mean().item()
+                for name, first in (("Eq. 8", 1), ("Eq. 9", 2))[:2 if s.M else 1]}
 
     optimizer = torch.optim.Adam([p for name, p in unet.named_parameters() if ".lora_" in name], s.lr)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)   # they underflow
     before, generator = measure(), torch.Generator().manual_seed(pairs[0].seed)
     for step in trange(1, s.lora_steps + 1, desc="noise alignment", unit="step", leave=False, disable=None):
         optimizer.zero_grad()
-        scaler.scale(loss(step, generator, range(s.trajectories - held_out), s.batch)).backward()
+        for term in loss(step, generator, range(s.trajectories - held_out), s.batch):
+            scaler.scale(term).backward()
         scaler.step(optimizer), scaler.update()
     return {name: [before[name], after] for name, after in measure().items()}
 

@@ -107,7 +107,7 @@ class Model:
 
                 def eps(z: Tensor, t: int) -> Tensor:
                     bar.update(len(c))
-                    time = torch.tensor(t)                        # --compile would compile anew for each int
+                    time = torch.full((), t, device=self.device)  # --compile would compile anew for each int
                     noise = self.unet(torch.cat([z, z]).to(self.dtype), time, context).float()
                     return guided(*noise.chunk(2), guidance)
 

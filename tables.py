@@ -224,7 +224,6 @@ def main() -> None:
     rows = table(args.table, args) if args.table else figure(args) if args.figure else sweep(args)
     if RANK == 0:
         name = f"table{args.table}" if args.table else "figure5" if args.figure else "sweep"
-        args.out.mkdir(parents=True, exist_ok=True)
         write_tables(args.out, name, rows)
         print(as_markdown([row for row in rows if row.get("counted", "top-1") == "top-1"]))
         print(f"wrote {args.out}/")

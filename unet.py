@@ -84,7 +84,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = h + self.time_emb_proj(time)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
@@ -271,8 +271,9 @@ class UNet(nn.Module):
         def layer(block: Block, *inputs) -> Tensor:               # low memory: run again for gradients
             return checkpoint(block.layer, *inputs, use_reentrant=False) if low else block.layer(*inputs)
         low = self.low_memory and torch.is_grad_enabled()
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])                   # [B]
-        time = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(x.dtype))
+        t = t if isinstance(t, Tensor) else torch.full((), t, device=x.device)       # filled there, not sent
+        t = sinusoids(t.expand(x.shape[0]), self.config.block_out_channels[0])       # [B, c]
+        time = F.silu(self.time_embedding(t.to(x.dtype)))         # [B, 4c]: the ResNets share its SiLU
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:

@@ -2,18 +2,23 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import bench
 import command
 import files
 import realera
+from concepts import make_pairs
 from files import MINI, cross_attention, put_weights
 from lora import add_lora, lora_layers, lora_off
 from sample import Model
@@ -90,7 +95,7 @@ def test_flop_of_the_gradient_are_counted():
 def test_both_sides_take_turns_after_a_warm_up():
     calls = []
     row = bench.compare("row", lambda: calls.append("ours"), lambda: calls.append("theirs"), 3, CPU)
-    assert calls == ["ours", "theirs"] * 4 and "ours, GiB" not in row and "GFLOP" not in row
+    assert calls == ["ours", "theirs"] * 4 + ["ours"] and "ours, GiB" not in row and "GFLOP" not in row
 
 
 def test_a_process_of_its_own_tells_its_seconds_and_what_it_adds_to_memory(tmp_path):
@@ -174,6 +179,87 @@ def test_keys_and_values_are_never_those_of_an_earlier_edit_or_lora(model):
     assert (untouched - edited).abs().max() > 0.01 and (edited - lora).abs().max() > 0.01
 
 
+class Waits(TorchDispatchMode):
+    """Counts, on the meta device in a GPU's place, what a GPU would have to be waited for: numbers and tensors
+    read from it (zeros here), and tensors sent to it, indices among them, but for pinned ones. Numbers on the
+    CPU, of no dimension, go along with a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        there = [x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+                 and (x.is_meta or x.dim() or op is torch.ops.aten._to_copy.default)]
+        if op is torch.ops.aten._local_scalar_dense.default and any(there):
+            self.count += 1
+            return 1.0
+        if op is torch.ops.aten._to_copy.default and any(there) and kwargs.get("device") == CPU:
+            self.count += 1
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype"))
+        found = op(*args, **kwargs)
+        sent = not all(there) and isinstance(found, torch.Tensor) and found.is_meta
+        self.count += sent and not kwargs.get("non_blocking")
+        return found
+
+
+def test_no_step_of_drawing_or_training_waits_for_the_gpu(model):
+    def waits(run, *args):
+        with Waits() as found:
+            run(*args)
+        return found.count
+
+    there, s, W0 = Model(Path(MINI), "meta"), realera.Settings(lora_steps=2, batch=2), cross_attention(MINI)
+    pairs = make_pairs(["airplane"], ["sky"], "object", model.text, s.rows, 0)
+    way = pairs[0], torch.zeros(32, 256), s
+    there.defaults["steps"] = 3
+    assert waits(there.draw, PROMPT, [1]) == 3                    # ids, noise; the picture
+    assert waits(realera.anchor_trajectories, there, *way) == 2   # rows, noise
+    ways = [realera.anchor_trajectories(there, *way)]
+    add_lora(there.unet, 2)
+    assert waits(realera.align_noise, there, pairs, ways, W0, s) == len(W0) + 4      # both losses, twice
+
+
+class Held(TorchDispatchMode):
+    """Adds up what tensors on the meta device, in a GPU's place, would take: GiB now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        found = op(*args, **kwargs or {})
+        for x in tree_leaves(found):
+            if isinstance(x, torch.Tensor) and (memory := x.untyped_storage())._cdata not in self.known:
+                self.known.add(memory._cdata)
+                self.now += memory.nbytes() / 2 ** 30
+                self.most = max(self.most, self.now)
+                weakref.finalize(memory, self.free, memory._cdata, memory.nbytes() / 2 ** 30)
+        return found
+
+    def free(self, key, gib):
+        self.known.remove(key)
+        self.now -= gib
+
+
+@pytest.mark.parametrize("low_memory, weights, added", [(False, 1.6, 5.75), (True, 1.6, 1.3)])
+def test_memory_of_an_even_step_at_sd_size(low_memory, weights, added, monkeypatch):
+    """In bfloat16, with a GPU's attention, counted: what a GPU's convolutions need to work is not in it."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *qkv: torch.ops.aten._scaled_dot_product_flash_attention(*qkv)[0])
+    with torch.device("meta"), Held() as held:
+        unet = UNet().to(torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_(False)
+        unet.low_memory = low_memory
+        add_lora(unet, 4)
+        z, c = torch.empty(8, 4, 64, 64).bfloat16(), torch.empty(8, 77, 768).bfloat16()
+        before = held.most = held.now
+        assert before == pytest.approx(weights, abs=0.05)
+        for term in realera.noise_alignment_loss(unet, z, T, z, c, c, z):
+            term.backward()
+    assert held.most - before == pytest.approx(added, abs=0.05)
+
+
 def test_loading_draws_no_weights_and_does_not_import_the_compiler():
     """torch.compile's machinery takes longer to import than the text encoder to load."""
     code = ("import sys, torch; from sample import Model; from pathlib import Path; torch.manual_seed(0);"
@@ -226,11 +312,25 @@ def test_low_memory_erases_to_the_same_bytes(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_once_for_all_steps(model, monkeypatch):
-    """Traced by torch.compile's front half (the back half needs a C++ compiler); a second trace fails."""
+def test_the_unets_of_both_sides_can_be_compiled(tmp_path):
+    done = run("--compile", "--only", "unet-1", "--runs", 1, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "out/bench/mini-cpu.json").read_text())[1]
+    eager, _ = bench.Rows(Path(MINI), CPU, torch.float32, 1).unet(1)
+    with torch.no_grad():
+        assert row["GFLOP"] == pytest.approx(bench.flops(eager) / 1e9, abs=1e-3)     # compiled ones count none
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled_once_for_all_steps(model, backend):
+    """A second trace fails. torch.compile's front half alone, and with its back half, a C++ compiler."""
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("needs g++")
     import torch._dynamo
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    torch._dynamo.reset()                                         # an earlier model may be compiled
     expected = model.draw(PROMPT, [1], steps=5)
-    model.unet.compile(backend="eager")
-    for _ in range(2):
-        assert (model.draw(PROMPT, [1], steps=5) - expected).abs().max() < 1e-5
+    model.unet.compile(backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            assert (model.draw(PROMPT, [1], steps=5) - expected).abs().max() < 1e-5
