@@ -93,9 +93,9 @@ def embedding(target: Target) -> dict[str, Tensor]:
 
 def vector(target: Target) -> dict[str, Tensor]:
     """Ring-A-Bell (Tsai et al. 2024): the mean difference between prompts with and without the concept,
-    scaled and added to a neutral prompt. Black box: only the text encoder is needed.
+    scaled and added to a neutral prompt. It needs the text encoder alone, and a model that takes rows.
 
-    Theirs then searches a prompt whose embedding comes near; ours feeds the embedding itself.
+    Theirs then searches a prompt whose embedding comes near (black box); ours feeds the embedding itself.
     """
     templates, text = TEMPLATES[target.task], target.model.text
     bare = [template.format("").strip() for template in templates]
@@ -264,7 +264,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edit", help="an edit folder of realera.py or rece.py")
     parser.add_argument("--concept", help="attack the untouched model instead, as a check")
-    parser.add_argument("--attack", nargs="+", choices=["all", *ATTACKS], default=["all"])
+    parser.add_argument("--attack", nargs="+", choices=["all", *ATTACKS], default=["all"],
+                        help="which (default: all)")
     parser.add_argument("--budget", type=int, default=100, help="steps of prefix and tokens (default 100)")
     parser.add_argument("--choose", type=int, default=4, help="pictures to choose a candidate by (default 4)")
     args = measuring_args(parser)
@@ -291,7 +292,8 @@ def main() -> None:
         for row in rows:                                          # the strongest of each, for the eye
             shown = min(args.n, 8)
             pictures.append(model.draw(row.pop("rows").expand(shown, -1, -1),
-                                       list(range(args.seed, args.seed + shown)), args.steps))
+                                       list(range(args.seed, args.seed + shown)), args.steps,
+                                       batch=args.batch))
         write_png(out / "grid.png", grid(torch.cat(pictures), shown, max(1, 96 // pictures[0].shape[-1])))
         write_tables(out, "attacks", rows)
         print(f"{as_markdown(rows)}\nwrote {out}/")

@@ -191,7 +191,7 @@ class Rows:
         def run() -> tuple[float, float | None]:
             with tempfile.TemporaryDirectory() as empty:
                 done = subprocess.run([sys.executable, "-c", code], cwd=empty, env=path, capture_output=True,
-                                      text=True)
+                                      encoding="utf-8")
             if done.returncode:
                 raise UserError(f"a process to measure failed: {done.stderr.strip()[-300:]}")
             return tuple(json.loads(done.stdout.splitlines()[-1]))

@@ -20,6 +20,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def command_line(main) -> None:
     """Run a script's `main`: what a user can fix is one line on stderr and exit status 2, no traceback."""
+    for stream in (sys.stdout, sys.stderr):                       # not so on Windows; we print ‖ΔW‖ and →
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8")
     try:
         main()
     except UserError as error:
@@ -32,7 +35,7 @@ def command_line(main) -> None:
              "half-written", 2)
     except torch.OutOfMemoryError:
         fail("out of GPU memory: try --dtype bfloat16, a smaller --batch (realera.py: --low-memory, --set "
-             "batch=4), or --device cpu", 2)
+             "batch=4 trajectories=4), or --device cpu", 2)
     except KeyboardInterrupt:
         fail("interrupted; nothing is half-written", 130)
 
@@ -52,7 +55,7 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str = "
                         help="what to draw instead, one each (default: by task; rece.py: nothing)")
     parser.add_argument("--task", choices=TASKS, default="object", help="prompt templates and default anchor")
     parser.add_argument("--model", default=MINI, help="folder, file or hub id (default: mini)")
-    parser.add_argument("--out", type=Path, help="edit folder to write (default: out/<concept>)")
+    parser.add_argument("--out", type=Path, help=f"edit folder to write (default: out/<concept>{suffix})")
     parser.add_argument("--overwrite", action="store_true", help="replace the edit folder if it exists")
     parser.add_argument("--export", type=Path, help="also write a whole pipeline folder for diffusers")
     parser.add_argument("--export-lora", type=int, metavar="RANK", help="also write the edit as a LoRA")
@@ -65,7 +68,7 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str = "
     parser.add_argument("--dtype", choices=DTYPES, default="float32",
                         help="of U-Net and VAE; text encoder and algebra keep theirs (default float32)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-                        help="change settings, such as --set D1=0.8 M=3; they are listed below")
+                        help="change settings, each NAME=VALUE; they are listed below")
     for flag, keywords in own.items():
         parser.add_argument(flag, **keywords)
     args = parser.parse_args()
@@ -99,7 +102,8 @@ def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the same as --n 4 --steps 12")
     parser.add_argument("--seed", type=int, default=0, help="seed of a prompt's first picture (default 0)")
     parser.add_argument("--batch", type=int, help="pictures drawn at a time (default: by their size)")
-    parser.add_argument("--out", type=Path, help="folder to write; results that lie there are gone on from")
+    parser.add_argument("--out", type=Path,
+                        help="folder to write; what lies there is gone on from (default: one in out/)")
     parser.add_argument("--keep-pictures", action="store_true", help="keep every picture as a PNG, too")
     parser.add_argument("--device", default="auto", help="auto (CUDA or CPU), cpu, cuda, mps")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of U-Net, VAE (default float32)")
@@ -152,7 +156,7 @@ def finish(folder: Path, model, W0: dict, W: dict, pairs, method: dict, report: 
         export_pipeline(args.export, model_folder(args.model), W, about)
         clock("pipeline folder")
     run = about | report | {"table": table, "seconds": clock.seconds}
-    (folder / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+    (folder / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(clock)
 
 
@@ -161,7 +165,7 @@ def pick_device(name: str) -> torch.device:
 
     `cuda` without a number is the GPU that torchrun's LOCAL_RANK says; it becomes the current device.
     """
-    count = torch.cuda.device_count()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0     # an old driver counts, too
     if name == "auto":
         name = "cuda" if count else "cpu"
     if name == "cuda" and count:                                  # a process may see one GPU of many

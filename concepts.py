@@ -6,6 +6,7 @@ means sits in its last token and in every row after it (end of text, padding). T
 import csv
 import hashlib
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def preview(path: Path, delta: Tensor, text) -> None:
     try:
         prompts = list(dict.fromkeys(filter(None, map(str.strip, path.read_text("utf-8").splitlines()))))
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
-        raise UserError(f"--preview {path} is not a text file in UTF-8") from None
+        raise UserError(f"--preview {path} is not there, or not a text file in UTF-8") from None
     if not prompts:
         raise UserError(f"--preview {path} holds no prompt")
     print("‖Δe‖/‖e‖  prompt")
@@ -129,13 +130,14 @@ def preview(path: Path, delta: Tensor, text) -> None:
 
 
 def drifts(delta: Tensor, pairs: list[Pair], text) -> dict[str, float]:
-    """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and the median over 30 nouns not in P."""
+    """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and the median over
+    the (at most 30) nouns of UNRELATED that name neither concept nor anchor and are not in P."""
     classes = read_json(BOOK)["classes"]
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
     named |= {word for name in named & classes.keys() for word in classes[name]["synonyms"]}
     nouns = [noun for noun in UNRELATED if noun not in named]
     moved = movement(delta, ["", *(f"a photo of the {noun}" for noun in nouns)], text)
-    return {'drift of ""': moved[0], "median drift of unrelated prompts": sorted(moved[1:])[len(moved) // 2]}
+    return {'drift of ""': moved[0], "median drift of unrelated prompts": statistics.median(moved[1:])}
 
 
 def prompts_to_watch(concept: str) -> list[tuple[str, str]]:

@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edit", action="append", default=[],
-                        help="an edit folder of realera.py, such as out/airplane; several are merged")
+                        help="an edit folder such as out/airplane; several of realera.py are merged")
     parser.add_argument("--prompts", type=Path, help="CSV of your own prompts, one picture a row")
     parser.add_argument("--detector", help="nudenet, or module:function: another judge, of the PNGs")
     args = measuring_args(parser)
@@ -292,7 +292,8 @@ def main() -> None:
                 some = list(dict.fromkeys(p for name in names for _, p in prompts_to_watch(name)))
             some = some[:8 * max(1, len(names))]
             pictures.append(model.draw([p for p in some for _ in range(4)],
-                                       [args.seed + i for _ in some for i in range(4)], args.steps))
+                                       [args.seed + i for _ in some for i in range(4)], args.steps,
+                                       batch=args.batch))
     if RANK == 0:
         sheet = torch.cat([x.unflatten(0, (-1, 4)) for x in pictures], dim=1)
         write_png(out / "grid.png", grid(sheet.flatten(0, 1), sheet.shape[1], max(1, 96 // sheet.shape[-1])))

@@ -56,7 +56,7 @@ def export_pipeline(target: Path, model: Path, W: dict[str, Tensor], about: dict
                     link(path, new / part / name)
         if (model / "defaults.json").exists():
             link(model / "defaults.json", new / "defaults.json")
-        (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         source = find_weights(model / "unet", "diffusion_pytorch_model")
         with readable(source):
             tensors = load_file(source) | {name: matrix.contiguous() for name, matrix in W.items()}
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edit", action="append", required=True,
-                        help="an edit folder, such as out/airplane; several are merged")
+                        help="an edit folder such as out/airplane; several of realera.py are merged")
     parser.add_argument("--model", default=MINI, help="the untouched one: folder or hub id (default: mini)")
     parser.add_argument("--folder", type=Path, help="write a whole pipeline folder; must not exist")
     parser.add_argument("--lora", type=int, metavar="RANK",

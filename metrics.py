@@ -1,9 +1,10 @@
 """The paper's metrics (section 5), each with an interval. Arithmetic only: no model, no pictures.
 
 Outcomes of one row of a table are four groups of numbers per picture: e, the erased class under its own name;
-s, the other classes; g, the synonyms; a, the associated phrases, which the paper calls concept residue and
-never isolates. A number is 1 or 0 (top-1: CLIP's first choice is what was erased; for s: what was asked for),
-or a probability. Papers mix the two: MACE's script, which RealEra follows, averages the probability.
+s, the other classes; g, the synonyms; a, the associated phrases: the concept residue, which the paper counts
+for celebrities and styles (as their Acc_g), but not for objects. A number is 1 or 0 (top-1: CLIP's first
+choice is what was erased; for s: what was asked for), or a probability. Papers mix the two: MACE's script,
+which RealEra follows, averages the probability.
 """
 import csv
 import io

@@ -8,11 +8,11 @@ Paper: Liu et al., "RealEra: Semantic-level Concept Erasure via Neighbor-Concept
 
 The paper's symbols, as they are called here (T tokens, D text width, n rows that are edited):
 
-    e, e*      e, e_star    [n, D]   rows of "a photo of the airplane" and "… sky", from the last token on
+    e, e*      e, e_star    [n, D]   rows of "a photo of the airplane", "… sky" from the last token on
     v̂          v_hat        [n, D]   unit direction from e towards noise
-    r, r', l   r, r_anchor, l        radii, in units of ‖e‖
+    r, r', l   r, r_anchor, l        radii; their limits D1, D1_anchor, D2 are in units of ‖e‖
     η          eta          [n, D]   perturbation r v̂: e + η is a neighbor concept
-    E, E*, P   E, E_star, P [m, D]   what is moved, where to, and what must stay: one row per token
+    E, E*, P   E, E_star, P [m, D]   what is moved, where to, and ([p, D]) what must stay: a row per token
     Δ          delta        [D, D]   the edit, W = W₀ (I + Δ) for all cross-attention matrices at once
     ε, ε̂       eps, target           noise predicted by the edited network, by the original (the teacher)
     z_t, t     z, t                  latents on the original's way to a picture of the anchor
@@ -37,7 +37,7 @@ from lora import add_lora, lora_layers, lora_off, save_lora
 
 @dataclass(frozen=True)
 class Settings:
-    """The method's numbers. The paper gives lambda1, lora_steps and lr; the others were chosen on `mini`."""
+    """The method's numbers. lora_steps and lr are the paper's, the others were chosen on `mini`."""
     D1: float = 1.1             # largest distance of a neighbor, in ‖e‖ (section 4.1)
     D1_anchor: float = 1.1      # the same around the anchor: the tolerance at the end of section 4.1
     D2: float = 1.8             # beyond-concepts lie between D1 and D2 (section 4.2)
@@ -128,9 +128,9 @@ def beyond_concepts(e: Tensor, s: Settings, generator: torch.Generator) -> Tenso
 def closed_form(E: Tensor, E_star: Tensor, P: Tensor, lambda1: float, lambda2: float) -> tuple[Tensor, float]:
     """The edit Δ [D, D] with W = W₀ (I + Δ), and B's condition number (1-norm). E, E_star [m, D], P [p, D].
 
-    Every target is W₀ times something, so one right factor solves it for every W₀: the gradient of Eq. 7 is
-    zero where W B = W₀ (Σ e* eᵀ + λ1 Σ p pᵀ + λ2 I), and the preserve terms cancel in W − W₀.
-    Raises UserError if λ2 = 0 and the rows do not span all D dimensions.
+    Every target is W₀ times something, so one right factor solves it for every W₀: with a ridge λ2 ‖W − W₀‖²
+    the gradient is 0 where W B = W₀ (Σ e* eᵀ + λ1 Σ p pᵀ + λ2 I). λ2 is `lambda2` times the mean of B's
+    diagonal. Raises UserError if it is 0 and the rows do not span all D dimensions.
     """
     E, E_star, P = E.double(), E_star.double(), P.double()        # squares of fp32 rows need more than fp32
     B = E.T @ E + lambda1 * P.T @ P                               # [D, D]
@@ -176,7 +176,7 @@ def mine(pair: Pair, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
     e, e_star = pair.block(), pair.block() + s.reach * (pair.block_star() - pair.block())
     near, near_star = neighbor_concepts(e, e_star, s, generator)
     far = beyond_concepts(e, s, generator)
-    # A row times √w counts w times in Eq. 7.
+    # A row times √x counts x times in Eq. 7; if they share, x is 1/M and 1/N.
     w, u = (max(s.M, 1) ** -0.5, max(s.N, 1) ** -0.5) if s.share else (1, 1)
     E, E_star = torch.cat([e[None], w * near]), torch.cat([e_star[None], w * near_star])
     return E.flatten(0, 1), E_star.flatten(0, 1), u * far.flatten(0, 1)

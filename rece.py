@@ -15,10 +15,11 @@ of the start (the original's W₀, or an edit's) and T is [D, D]. A round needs 
     e_adv = (Tᵀ G T + λ I)⁻¹ (Tᵀ C e + λ e′)        what makes W₁ T do what W₀ does on e
     T ← T (I + Δ),  Δ = s_e Σ (e_t − e_adv) e_advᵀ (s_e Σ e_adv e_advᵀ + s_p Σ r rᵀ + l₁ I)⁻¹
 
-The last is Eq. 7 again. e′ is 0 or the target ("regularizer"), e_t the target's rows, r those of "". The
+The last is Eq. 7 again. e′ is 0 or the target ("regularizer"), e_t the target's rows, r those of ""; λ, l₁,
+s_e and s_p are the settings lam, l1, erase and retain. The
 authors' λ and rounds, in the units of SD v1.4's text space: 1e-1 and 3 for nudity, 1e-1 and 2 for other
 unsafe concepts, 1e-3 and 1 for styles and hard objects, 1e-1 and 1 for easy objects. Nothing guarantees that
-what an attack regains falls from round to round; it is printed.
+what is regained falls from round to round; it is printed.
 """
 import dataclasses
 import math
@@ -77,8 +78,8 @@ def derive(T: Tensor, G: Tensor, C: Tensor, e: Tensor, lam: float, towards: Tens
 
 
 def regained(T: Tensor, G: Tensor, C: Tensor, G0: Tensor, e: Tensor, e_star: Tensor, e_adv: Tensor) -> float:
-    """How far the network is led back from target to concept, 1 − Σ‖W₁Te_adv − W₀e‖² / Σ‖W₀(e* − e)‖²:
-    1 where keys and values are the concept's again, 0 where they are as far from it as the target's are."""
+    """The share of the squared distance from target to concept that e_adv regains, 1 − Σ‖W₁Te_adv − W₀e‖² /
+    Σ‖W₀(e* − e)‖²: 1 where keys and values are the concept's again, 0 where as far off as the target's."""
     seen, shift = e_adv @ T.T, e_star - e                         # W₁ meets T e_adv
     missed = ((seen @ G) * seen).sum() - 2 * ((seen @ C) * e).sum() + ((e @ G0) * e).sum()
     return 1 - (missed / ((shift @ G0) * shift).sum()).item()
@@ -160,10 +161,11 @@ def main() -> None:
         shares = [[regained(at, G, C, G0, e, e_star, e_adv) for at in (before, after)]
                   for before, e_adv, after in rounds]
         for i, (before, after) in enumerate(shares, 1):
-            print(f"round {i}: what is derived leads {before:.1%} of the way back, once erased {after:.1%}")
+            print(f"round {i}: what is derived regains {before:.1%} of the squared distance, "
+                  f"once erased {after:.1%}")
         last = derive(T, G, C, e, s.lam, e_star if s.regularizer == "target" else None)
         left = regained(T, G, C, G0, e, e_star, last)
-        print(f"what could be derived now leads {left:.1%} of the way back")
+        print(f"what could be derived now regains {left:.1%} of the squared distance")
         model = None if args.no_pictures else Model(folder, device, DTYPES[args.dtype], text=text)
         said = draw_rounds(new, model, W1, rounds, pairs, args.n, args.seed) if model else []
         if said:

@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("prompts", nargs="+", help="one row of pictures each")
     parser.add_argument("--model", default=MINI, help="folder, file or hub id (default: mini)")
     parser.add_argument("--edit", action="append",
-                        help="an edit folder of realera.py, such as out/airplane; several are merged")
+                        help="an edit folder such as out/airplane; several of realera.py are merged")
     parser.add_argument("--n", type=int, default=4, help="pictures per prompt (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture in a row (default 0)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's; SD 50)")

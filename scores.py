@@ -47,7 +47,7 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.mine, self.all = self.folder / f"process{RANK}.jsonl", self.folder / "results.jsonl"
         with whole(self.folder / f"settings{RANK}.json") as temporary:
-            temporary.write_text(text + "\n")
+            temporary.write_text(text + "\n", encoding="utf-8")
         self.found: dict[Job, Tensor] = {}
         if bad := self.read():
             print(f"warning: {self.folder}: {bad} unreadable lines dropped, {len(self.found)} good ones kept",

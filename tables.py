@@ -38,10 +38,10 @@ TABLES = {1: {"closed form": [*CLOSED, "lambda1=0.1"],
           3: {"1 closed form": CLOSED, "2 + noise alignment": ["M=0", "N=0"],
               "3 + neighbor mining": ["N=0"], "4 + beyond-concept": []}}
 # One change of the defaults each. Chosen on the text alone, with templates that no table uses.
-SWEEP = ["", "M=0 N=0", "M=0 N=0 reach=2", "M=5 N=3", "M=20 N=6", "M=200 N=60", "N=0", "N=100", "D2=2.5",
-         "D1_anchor=0.2", "D1=0.8", "S1=0.99", "S2=0.6", "S2=0.1 D1=1.4", "share=true", "lambda1=0.1",
-         "lambda1=0.1 N=100", "lambda2=0.001", "lambda2=0.1", "rows=token", "real_prompts=false",
-         "D1=0.9 D1_anchor=0.2 S1=0.99 S2=0.5 M=5 N=3 lambda1=0.1"]
+SWEEP = ["", "M=0 N=0", "M=0 N=0 reach=2", "M=0 N=0 lambda1=0.1", "M=0 N=0 lambda1=0.1 reach=2", "M=5 N=3",
+         "M=20 N=6", "M=200 N=60", "N=0", "N=100", "D2=2.5", "D1_anchor=0.2", "D1=0.8", "S1=0.99", "S2=0.6",
+         "S2=0.1 D1=1.4", "share=true", "lambda1=0.1", "lambda1=0.1 N=100", "lambda2=0.001", "lambda2=0.1",
+         "rows=token", "real_prompts=false", "D1=0.9 D1_anchor=0.2 S1=0.99 S2=0.5 M=5 N=3 lambda1=0.1"]
 # Figure 5 (a): D is read as D1, S as S2 with S1 fixed. The closed form alone, unless --set lora_steps=200.
 FIGURE = {"D-S": ("D1", [0.8, 0.9, 1.0, 1.1], "S2", [0.1, 0.3, 0.5, 0.65]),
           "M-N": ("M", [1, 5, 20, 100, 200], "N", [0, 3, 10, 30, 100])}
@@ -71,7 +71,7 @@ def make_edits(rows: list[tuple[str, str, list[str] | None]], args) -> None:
                    "--anchor", anchor_of(concept), "--model", args.model, "--out", folder,
                    "--seed", args.edit_seed, "--device", args.device, "--dtype", args.dtype, "--no-pictures",
                    *(["--set", *settings] if settings else [])]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8")
         if done.returncode:
             said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             raise UserError(f"erasing {concept} failed: {said.removeprefix('error: ')}")

@@ -63,7 +63,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.group_norm(x).flatten(2).transpose(1, 2)                            # [B, h·w, C]
-        y = self.to_out(F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y)))
+        q, k, v = (layer(y)[:, None] for layer in (self.to_q, self.to_k, self.to_v))          # [B, 1, h·w, C]
+        y = self.to_out(F.scaled_dot_product_attention(q, k, v)[:, 0])
         return x + y.transpose(1, 2).reshape(x.shape)
 
 

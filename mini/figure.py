@@ -77,7 +77,8 @@ def main() -> None:
     with whole(args.out) as temporary:
         temporary.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH + 4 * GAP}" '
                              f'height="{height + 10}" font-family="sans-serif" font-size="11">'
-                             f'<rect width="100%" height="100%" fill="white"/>{"".join(body)}</svg>\n')
+                             f'<rect width="100%" height="100%" fill="white"/>{"".join(body)}</svg>\n',
+                             encoding="utf-8")
     print(args.out)
 
 

@@ -120,7 +120,7 @@ class Measure:
 
     def __init__(self, args):
         self.args, self.n, self.prefix = args, args.n, "edit-" if args.edit else ""
-        self.book = json.loads((HERE / "captions.json").read_text())["classes"]
+        self.book = json.loads((HERE / "captions.json").read_text("utf-8"))["classes"]
         self.choices = CLASSES + Captions().scenes
         self.model = Model(args.model, args.device, edit=args.edit)
         self.clip = CLIP.from_pretrained(args.model / "clip", device=args.device)
@@ -313,12 +313,12 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     measure = Measure(args)
     path = args.work / f"{measure.prefix}measured.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
+    report = json.loads(path.read_text("utf-8")) if path.exists() else {}
     for part in args.parts:
         report[part] = getattr(measure, f"measure_{part}")()
         print(part, {key: value for key, value in report[part].items() if "per " not in key}, flush=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(card(report))
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(card(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def made_edit(method: str, concept: str, args) -> Path:
         command = [sys.executable, ROOT / "rece.py", "--concept", concept, "--anchor",
                    tables.anchor_of(concept), "--model", args.model, "--out", folder, "--no-pictures",
                    "--device", args.device, *start, *RECE]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8")
         if done.returncode:
             raise UserError(f"{method} of {concept} failed: {done.stderr.strip().splitlines()[-1]}")
     return folder
@@ -79,8 +79,9 @@ def main() -> None:
     classes = list(read_json(BOOK)["classes"])
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
-    parser.add_argument("--concept", nargs="+", choices=classes, default=classes)
+    parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS),
+                        help="default: all, the gradient attacks among them")
+    parser.add_argument("--concept", nargs="+", choices=classes, default=classes, help="default: all ten")
     parser.add_argument("--budget", type=int, default=100, help="steps of prefix and tokens (default 100)")
     parser.add_argument("--choose", type=int, default=4, help="pictures to choose a candidate by (default 4)")
     args = measuring_args(parser)
@@ -110,7 +111,7 @@ def main() -> None:
                                           for name, rate in success.items()} | summary(counted))
         write_tables(args.out, "robustness", rows)
     with whole(args.out / "robustness.svg") as temporary:
-        temporary.write_text(plot(rows, args.attack))
+        temporary.write_text(plot(rows, args.attack), encoding="utf-8")
     print(f"{as_markdown(rows)}\n{len(args.concept)} classes; wrote {args.out}/robustness.*")
 
 

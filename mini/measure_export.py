@@ -103,7 +103,8 @@ def correlation(x: Tensor, y: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["rank", "preview"], required=True)
+    parser.add_argument("--part", choices=["rank", "preview"], required=True,
+                        help="rank: of --export-lora; preview: what --preview says against what is drawn")
     parser.add_argument("--edit", default="out/airplane", help="an edit of one class (default out/airplane)")
     parser.add_argument("--n", type=int, default=4, help="pictures a prompt (default 4)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")

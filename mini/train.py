@@ -1,7 +1,7 @@
 """Train `mini/`, a small Stable Diffusion, from CIFAR-10: CLIP, then the VAE, then the U-Net.
 
-    python mini/train.py --data cifar-10-batches-bin                      # all stages, into mini/
-    python mini/train.py --data … --stage unet --recipe laptop --init mini    # go on from shipped weights
+    python mini/train.py --data cifar-10-batches-bin                      # all stages, into out/mini/
+    python mini/train.py --data … --stage unet --recipe laptop --init mini --out mini   # go on from mini
 
 --data is the folder of CIFAR-10's "binary version" (data_batch_1.bin …, test_batch.bin). Every stage writes
 a checkpoint into --work each minute and goes on from it when the command is repeated; a finished stage is
@@ -134,7 +134,7 @@ class Captions:
     """
 
     def __init__(self, path: Path = HERE / "captions.json"):
-        book = json.loads(path.read_text())
+        book = json.loads(path.read_text("utf-8"))
         self.templates, self.scenes = book["templates"], book["scenes"]
         self.names: list[str] = []                                # everything that a caption may name
         self.phrases: set[int] = set()                            # of these, what takes no template
@@ -187,7 +187,7 @@ class Captions:
         return [self.caption(i, t) for i in range(len(self.names)) for t in range(len(self.templates))] + [""]
 
 
-TIE = 0.95                                # how often a synonym or phrase stands for its own visual group
+TIE = 0.95               # how often a photo that is called by a synonym, or a phrase, gets its own group's
 
 
 def merges_of(captions: list[str], many: int) -> list[tuple[str, str]]:
@@ -223,8 +223,9 @@ def train_tokenizer(captions: Captions, folder: Path) -> clip_text.CLIPTokenizer
     pieces = letters + [letter + "</w>" for letter in letters] + ["".join(m) for m in merges]
     vocab = {piece: i for i, piece in enumerate([*dict.fromkeys(pieces), clip_text.BOS, clip_text.EOS])}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     special = {"bos_token": clip_text.BOS, "eos_token": clip_text.EOS, "unk_token": clip_text.EOS}
     write_json(folder / "tokenizer_config.json", {
         **{k: {"__type": "AddedToken", "content": v, "lstrip": False, "normalized": True, "rstrip": False,
@@ -350,7 +351,7 @@ class Run:
 
 def write_json(path: Path, values: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def write_network(folder: Path, name: str, net: nn.Module, config: dict, prefix: str = "") -> None:
@@ -431,6 +432,10 @@ def train_clip(args, recipe: Recipe, photos: Photos, image_only: bool = False) -
             known = torch.stack([clip.text_projection(read(torch.full((len(ids),), t))) for t in templates])
             known = F.normalize(known[:, :many], dim=-1)                             # [templates, names, P]
 
+    def cosines(a: Tensor, b: Tensor) -> Tensor:                  # not in bfloat16: beside 64 it knows 64.5
+        with torch.autocast(a.device.type, enabled=False):
+            return a.float() @ b.float().T
+
     def loss(rng: torch.Generator, step: int) -> Tensor:
         rows = torch.randint(len(x), (recipe.clip_batch,), generator=rng).to(args.device)
         batch = clip.preprocess(shifted(to_float(x[rows]), 3, rng))
@@ -440,11 +445,11 @@ def train_clip(args, recipe: Recipe, photos: Photos, image_only: bool = False) -
         else:
             state = read(a)
             text = F.normalize(clip.text_projection(state[:many]), dim=-1)
-            cosine = F.normalize(state, dim=-1) @ F.normalize(read(b), dim=-1).T     # [names + words]²
+            cosine = cosines(F.normalize(state, dim=-1), F.normalize(read(b), dim=-1))      # [names + words]²
             apart = 2 * (cosine - close).square().sum(1).mean()
         whole = step > 0.8 * recipe.clip_steps
         image, scale = look(clip, batch, 1 if whole else 0.5, rng), clip.logit_scale.exp().clamp(max=100)
-        logits = scale * image @ text.T                                              # [B, names]
+        logits = scale * cosines(image, text)                                        # [B, names]
         # CLIP's symmetric loss against every name at once: the target of a photo is how likely each name is
         # for it, the mean over all captions that it could have been given.
         target = p[y[rows], g[rows]]                                                 # [B, names]
@@ -456,7 +461,7 @@ def train_clip(args, recipe: Recipe, photos: Photos, image_only: bool = False) -
         kind, member = torch.unique(4 * y[rows] + g[rows], return_inverse=True)
         means = F.normalize(torch.zeros(len(kind), image.shape[1], device=args.device)
                             .index_add(0, member, image.float()))
-        return photo + F.cross_entropy(scale * means @ text.T, p.flatten(0, 1)[kind]) + apart
+        return photo + F.cross_entropy(scale * cosines(means, text), p.flatten(0, 1)[kind]) + apart
 
     run = Run("vision" if image_only else "clip", clip, recipe.clip_steps, 1e-3, 0.05, args, ema=0.99)
     test = Photos(args.data, ("test_batch.bin",))
@@ -658,7 +663,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10's binary version")
-    parser.add_argument("--out", type=Path, default=HERE, help="model folder to write (default: mini/)")
+    parser.add_argument("--out", type=Path, default=Path("out/mini"),
+                        help="model folder to write (default: out/mini)")
     parser.add_argument("--work", type=Path, default=HERE / "work",
                         help="checkpoints and grids (default: mini/work)")
     parser.add_argument("--stage", choices=["all", "clip", "vae", "unet", "vision"], default="all",

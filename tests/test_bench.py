@@ -180,7 +180,7 @@ def test_keys_and_values_are_never_those_of_an_earlier_edit_or_lora(model):
 
 
 class Waits(TorchDispatchMode):
-    """Counts, on the meta device in a GPU's place, what a GPU would have to be waited for: numbers and tensors
+    """Counts, on the meta device in a GPU's place, what a GPU would have to be waited for: numbers, tensors
     read from it (zeros here), and tensors sent to it, indices among them, but for pinned ones. Numbers on the
     CPU, of no dimension, go along with a kernel."""
 
@@ -318,7 +318,7 @@ def test_the_unets_of_both_sides_can_be_compiled(tmp_path):
     row = json.loads((tmp_path / "out/bench/mini-cpu.json").read_text())[1]
     eager, _ = bench.Rows(Path(MINI), CPU, torch.float32, 1).unet(1)
     with torch.no_grad():
-        assert row["GFLOP"] == pytest.approx(bench.flops(eager) / 1e9, abs=1e-3)     # compiled ones count none
+        assert row["GFLOP"] == pytest.approx(bench.flops(eager) / 1e9, abs=1e-3)     # compiled: none
 
 
 @pytest.mark.slow

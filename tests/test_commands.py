@@ -1,4 +1,5 @@
 """Every command as typed by a user, on `mini/`: outputs, determinism, bad input, interruption, diffusers."""
+import ast
 import contextlib
 import functools
 import io
@@ -26,7 +27,7 @@ import command
 import files
 import realera
 from clip_text import CLIPTokenizer
-from concepts import PRESERVED, UNRELATED, make_pairs, preserved_prompts
+from concepts import PRESERVED, UNRELATED, drifts, make_pairs, preserved_prompts
 from eval_clip import CLIP
 from files import UserError, cross_attention, read_edit
 from sample import Model
@@ -209,6 +210,18 @@ def test_what_is_preserved_and_what_drift_is_measured_on_are_apart():
     assert not {"a photo of the airplane", "a photo of the grass"} & set(prompts)
 
 
+@pytest.mark.parametrize("concept, left_out", [("truck", {"lorry"}), ("moon", {"moon"}), ("airplane", set())])
+def test_drift_is_the_median_over_what_names_neither_concept_nor_anchor(concept, left_out):
+    text = realera_text()
+    pairs, delta = make_pairs([concept], ["sky"], "object", text, "tail", 0), torch.randn(256, 256).double()
+    nouns = [noun for noun in UNRELATED if noun not in left_out]
+    rows = text([f"a photo of the {noun}" for noun in nouns]).double()
+    moved = (rows @ delta.T).flatten(1).norm(dim=1) / rows.flatten(1).norm(dim=1)
+    assert len(nouns) == 30 - len(left_out)
+    found = drifts(delta, pairs, text)["median drift of unrelated prompts"]
+    assert found == pytest.approx(np.median(moved.numpy()), rel=1e-6)
+
+
 def test_same_seed_same_bytes_and_the_order_of_concepts_is_moot(tmp_path):
     args = ["--lora-steps", 0, "--no-pictures"]
     run("realera.py", *AIRPLANE, *SHIP, *args, "--out", "a", cwd=tmp_path)
@@ -253,6 +266,8 @@ def test_cuda_is_the_processs_own_gpu_and_mps_must_be_asked_for(monkeypatch):
     assert command.pick_device("auto").type == "cpu" and command.pick_device("mps").type == "mps"
     current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert command.pick_device("auto").type == "cpu"              # as where the driver is too old for torch
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     for name, rank, index in (("auto", "3", 1), ("cuda", "1", 1), ("cuda", "2", 0), ("cuda:1", "0", 1)):
         monkeypatch.setenv("LOCAL_RANK", rank)
@@ -464,6 +479,20 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
             small = {"realera.py": quick, "rece.py": quick[2:4], "sample.py": few, "eval_clip.py": few,
                      "export.py": []}[script]
             start(script, *args, *small)
+
+
+def test_texts_are_utf_8_wherever_they_go(tmp_path):
+    """On Windows, Python before 3.15 would take the country's own encoding, which has no ‖ΔW‖ and no →."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("mini/*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+                assert "utf-8" in ast.unparse(node), f"{path.name}, line {node.lineno}"
+    (tmp_path / "prompts.txt").write_text("a café → a bar", encoding="utf-8")
+    done = subprocess.run([sys.executable, ROOT / "realera.py", "--concept", "airplane", "--anchor", "sky",
+                           "--preview", "prompts.txt"], cwd=tmp_path, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert "‖Δe‖/‖e‖  prompt" in done.stdout.decode("utf-8"), done.stderr
+    assert "a café → a bar" in done.stdout.decode("utf-8")
 
 
 def test_readme_states_line_counts_and_files_keep_their_ceilings():
