@@ -130,8 +130,8 @@ def preview(path: Path, delta: Tensor, text) -> None:
 
 
 def drifts(delta: Tensor, pairs: list[Pair], text) -> dict[str, float]:
-    """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and the median over
-    the (at most 30) nouns of UNRELATED that name neither concept nor anchor and are not in P."""
+    """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and its median over the nouns of UNRELATED
+    (30 at most, none of them in P) that name neither concept nor anchor."""
     classes = read_json(BOOK)["classes"]
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
     named |= {word for name in named & classes.keys() for word in classes[name]["synonyms"]}
