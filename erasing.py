@@ -106,7 +106,7 @@ class Job:
     """One erasure as asked for: what a method works with, and where it leaves what it finds.
 
     Given: pairs, text, W0 (the model's cross-attention matrices by name, as in its file), model (read when
-    first used), model_folder, device, dtype, task, seed, args (all flags, the method's own among them), folder (the
+    first used), model_folder, device, dtype, task, seed, args (all flags, the method's own too), folder (the
     edit's, being written), preview (True: only the change of text is wanted, so training can be left out);
     clock("part") notes the seconds since the last part.
     To fill: about (goes into the edit's metadata), report (into run.json), drawing (see above).

@@ -39,8 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def recipe(method: str, concept: str, settings: list[str] = (), seed: int = 0, dtype: str = "float32",
            start: Recipe | None = None) -> Recipe:
-    """The recipe for one of the ten classes, with its own anchor and `--set settings`; of a setting that is given
-    twice the last counts. dtype: only where something is trained, as closed forms are the same in all."""
+    """The recipe for one of the ten classes, with its own anchor and `--set settings`; of a setting that is
+    given twice the last counts. dtype: only where something is trained: closed forms are the same in all."""
     last = {setting.partition("=")[0]: setting for setting in settings}
     flags = ["--set", *(last[name] for name in sorted(last))] if last else []
     return Recipe(method, concept, (*flags, "--seed", str(seed), "--dtype", dtype, "--anchor",

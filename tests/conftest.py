@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def here():
     """Run a script's main in this process; returns nothing, or raises SystemExit with the exit status."""
-    from plumbing.cli import command_line                         # imports torch: after the environment is set
+    from plumbing.cli import command_line                         # imports torch: after os.environ
 
     def start(script, *args, cwd):
         with pytest.MonkeyPatch.context() as patch:

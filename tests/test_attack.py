@@ -327,8 +327,8 @@ def work(here, tmp_path_factory):
     for out, concepts in (("one", ["airplane"]), ("two", ["Airplane", "ship"])):
         what = [part for name in concepts for part in ("--concept", name, "--anchor", "sky")]
         here("realera.py", *what, "--lora-steps", 0, "--no-pictures", "--out", out, cwd=folder)
-    done = subprocess.run([sys.executable, ROOT / "experiments/attack.py", "--edit", "one", *map(str, QUICK)], cwd=folder,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "experiments/attack.py", "--edit", "one", *map(str, QUICK)],
+                          cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     (folder / "printed").write_text(done.stdout)
     return folder
@@ -423,7 +423,8 @@ def test_two_concepts_in_any_case_more_pictures_than_the_grid_shows_and_pictures
 
 
 def test_a_concept_typed_in_capitals_is_recognised(here, work):
-    here("experiments/attack.py", "--concept", "AIRPLANE", *QUICK, "--steps", 5, "--attack", "embedding", cwd=work)
+    here("experiments/attack.py", "--concept", "AIRPLANE", *QUICK, "--steps", 5, "--attack", "embedding",
+         cwd=work)
     assert [row["success"][0] for row in table(work / "out/attack/untouched-airplane")] == [100, 100]
 
 

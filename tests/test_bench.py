@@ -32,8 +32,8 @@ CPU = torch.device("cpu")
 
 
 def run(*args, cwd, **more):
-    return subprocess.run([sys.executable, ROOT / "experiments/bench.py", *map(str, args)], cwd=cwd, capture_output=True,
-                          text=True, **more)
+    return subprocess.run([sys.executable, ROOT / "experiments/bench.py", *map(str, args)], cwd=cwd,
+                          capture_output=True, text=True, **more)
 
 
 # ---- the command ----

@@ -360,7 +360,8 @@ class FakeHub:
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     def make(**repositories):
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", found := FakeHub(tmp_path / "cache", **repositories))
+        found = FakeHub(tmp_path / "cache", **repositories)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", found)
         return found
     return make
 

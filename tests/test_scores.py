@@ -571,8 +571,8 @@ def test_one_two_and_three_processes_write_the_same_bytes(tmp_path):
     for n in (2, 3):
         shutil.copytree(tmp_path / "1/edits", tmp_path / f"{n}/edits")
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", n, "--master-port", free_port(), "--"]
-        done = subprocess.run([sys.executable, *map(str, [*torchrun, ROOT / "experiments/tables.py", *args, n])],
-                              cwd=tmp_path, env=ENV, capture_output=True, text=True)
+        command = [sys.executable, *map(str, [*torchrun, ROOT / "experiments/tables.py", *args, n])]
+        done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(f"wrote {n}/") == 1
     files = sorted(p.relative_to(tmp_path / "1") for p in (tmp_path / "1").glob("results/*/results.jsonl"))
@@ -592,9 +592,10 @@ def test_one_two_and_three_processes_write_the_same_bytes(tmp_path):
 
 def test_torchrun_understands_the_command_lines_that_are_given_for_it():
     """Under Python 3.11 it takes tables.py's --n for short for a flag of its own, unless -- comes first."""
-    lines = [line.split("torchrun ")[1].split("#")[0] for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), ROOT / "README.md")
-             for line in path.read_text().splitlines()
-             if "torchrun --" in line and path.parent.name != "tests"]
+    paths = [ROOT / "README.md", *ROOT.glob("*.py"),
+             *(path for path in ROOT.glob("*/*.py") if path.parent.name != "tests")]
+    lines = [line.split("torchrun ")[1].split("#")[0] for path in paths
+             for line in path.read_text().splitlines() if "torchrun --" in line]
     assert lines
     for line in lines:
         parsed = get_args_parser().parse_args([x for x in shlex.split(line.split("`")[0]) if x != "…"])
@@ -812,7 +813,8 @@ def test_eval_clip_refuses_an_edit_of_another_model(refused, other, edit):
 
 def test_tables_misses_a_clip_before_it_erases(refused, other, monkeypatch):
     monkeypatch.setattr(making.subprocess, "run", lambda *args, **more: pytest.fail("it starts to erase"))
-    refused("experiments/tables.py", "--table", 3, "--model", other, cwd=other.parent / "work", match="no clip/.*--clip")
+    refused("experiments/tables.py", "--table", 3, "--model", other, cwd=other.parent / "work",
+            match="no clip/.*--clip")
 
 
 def test_nothing_to_compare_with_is_one_line():

@@ -3,7 +3,7 @@
     python tools/preview.py prompts.txt --edit out/airplane
 
 The file has a prompt a line. ‖Δe‖/‖e‖ is over all rows of a prompt; Δ is the change of text that comes
-nearest to the edit's keys and values, a LoRA's share in it included. 0: drawn as before; the concept itself: near 1.
+nearest to the edit's keys and values, a LoRA's share included. 0: drawn as before; the concept: near 1.
 """
 import sys
 from pathlib import Path
