@@ -29,7 +29,7 @@ from torch import Tensor
 
 from erasing import Job, edited, gram, run
 from eval_clip import CLIP
-from plumbing import UserError
+from plumbing import UserError, svg
 from plumbing.edits import about_edit, read_edit
 from plumbing.pictures import write_sheet
 from plumbing.prompts import names_to_choose
@@ -97,7 +97,7 @@ def iterate(e: Tensor, e_star: Tensor, stay: Tensor, T: Tensor, G: Tensor, C: Te
 
 
 def draw_rounds(job: Job, W1: dict[str, Tensor], rounds: list, n: int) -> list[str]:
-    """round<i>.png: a row per concept, drawn from what was derived; left before, right after its erasure.
+    """round<i>.png and .svg: a row per concept, drawn from what was derived, before and after its erasure.
     Returns what CLIP sees of the concepts, if the model's folder has one: ["airplane 4/4 → 0/4", …]."""
     model, pairs, said = job.model, job.pairs, []
     clip = CLIP.from_pretrained(model.folder / "clip") if (model.folder / "clip").is_dir() else None
@@ -108,10 +108,14 @@ def draw_rounds(job: Job, W1: dict[str, Tensor], rounds: list, n: int) -> list[s
         for T in (before, after):
             put_weights(model.unet, edited(W1, T - torch.eye(len(T), dtype=T.dtype)))
             drawn.append(model.draw(rows, [job.seed + j for _ in pairs for j in range(n)]))
-        write_sheet(job.folder / f"round{i}.png", *(pictures.unflatten(0, (-1, n)) for pictures in drawn))
+        drawn = [pictures.unflatten(0, (-1, n)) for pictures in drawn]               # [concepts, n, 3, H, W]
+        write_sheet(job.folder / f"round{i}.png", *drawn)
+        svg.write(job.folder / f"round{i}.svg", svg.sheet(
+            list(zip(*drawn)), [pair.concept for pair in pairs], ["before", "after"],
+            f"Round {i}: drawn from what was derived, before and after its erasure"))
         if clip:
-            first = [clip.classify(x, [f"a photo of the {name}" for name in names]).argmax(1).view(-1, n)
-                     for x in drawn]
+            first = [clip.classify(x.flatten(0, 1), [f"a photo of the {name}" for name in names]).argmax(1)
+                     .view(-1, n) for x in drawn]
             said += [f"round {i}, {pair.concept}: " + " → ".join(
                 f"{(guess[j] == names.index(pair.concept)).sum()}/{n}" for guess in first)
                 for j, pair in enumerate(pairs)]

@@ -25,7 +25,7 @@ from tqdm import trange
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import gram
 from eval_clip import judge
-from plumbing import UserError
+from plumbing import UserError, svg
 from plumbing.cli import DTYPES, Clock, command_line, measuring_args, pick_device, program
 from plumbing.disk import whole
 from plumbing.edits import about_edit, base_hash, concepts_of, cross_attention, read_edit
@@ -299,6 +299,9 @@ def main() -> None:
                                        list(range(args.seed, args.seed + shown)), args.steps,
                                        batch=args.batch))
         write_sheet(out / "grid.png", torch.cat(pictures).unflatten(0, (-1, shown)))
+        notes = [[f"success {row['success'][0]:.0f} %"] for row in rows]
+        svg.write(out / "grid.svg", svg.sheet([[x] for x in pictures], [
+            f"{row['concept']}, {row['attack']}" for row in rows], [name], "The strongest of each attack", notes))
         write_tables(out, "attacks", rows)
         print(f"{as_markdown(rows)}\nwrote {out}/")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from eval_clip import judge, outcomes, summary
 from experiments.attack import ATTACKS, Target, attack
-from plumbing import UserError
+from plumbing import UserError, svg
 from plumbing.cli import DTYPES, command_line, measuring_args, pick_device, program
-from plumbing.disk import read_json, whole
+from plumbing.disk import read_json
 from plumbing.edits import base_hash, cross_attention, read_edit
 from plumbing.making import Recipe, make_edits, recipe
 from plumbing.models import model_folder
@@ -38,28 +38,10 @@ def recipe_of(method: str, concept: str, dtype: str) -> Recipe:
     return recipe(file, concept, settings, 0, dtype if method == "RealEra" else "float32", first)
 
 
-def plot(rows: list[dict], names: list[str]) -> str:
-    """An SVG: to the right, other classes lost; upwards, what the strongest of the attacks gets back."""
-    text = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 420" font-family="sans-serif" '
-            'font-size="13"><rect width="560" height="420" fill="white"/>',
-            '<path d="M60 20V370H540" fill="none" stroke="black"/>',
-            '<text x="300" y="408" text-anchor="middle">other classes lost, 100 − Acc_s (%)</text>',
-            '<text transform="translate(16 195) rotate(-90)" text-anchor="middle">'
-            "strongest attack's success (%)</text>"]
-    lost = [100 - row["Acc_s"][0] for row in rows]
-    widest = max(2.0, *lost)
-    for tick in range(0, 101, 25):
-        text.append(f'<text x="52" y="{374 - 3.4 * tick:.0f}" text-anchor="end">{tick}</text>'
-                    f'<text x="{60 + 4.2 * tick:.0f}" y="388" text-anchor="middle">'
-                    f"{widest * tick / 100:.1f}</text>")
-    points = sorted((370 - 3.4 * max(row[name][0] for name in names), 60 + 420 * x / widest, row["method"])
-                    for row, x in zip(rows, lost))
-    last = 0.0
-    for y, x, method in points:
-        last = max(y + 4, last + 15)                              # labels below each other
-        text.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#2a6"/>'
-                    f'<text x="{x + 9:.1f}" y="{last:.1f}">{method}</text>')
-    return "\n".join([*text, "</svg>"]) + "\n"
+def plot(rows: list[dict], names: list[str]) -> svg.Drawing:
+    """To the right, other classes lost; upwards, what the strongest of the attacks gets back."""
+    return svg.scatter({row["method"]: [(100 - row["Acc_s"][0], max(row[name][0] for name in names))]
+                        for row in rows}, "other classes lost, 100 − Acc_s (%)", "strongest attack's success (%)")
 
 
 def main() -> None:
@@ -97,8 +79,7 @@ def main() -> None:
         rows.append({"method": method} | {name: [round(100 * x, 1) for x in (rate, *wilson(rate, pictures))]
                                           for name, rate in success.items()} | summary(counted))
         write_tables(args.out, "robustness", rows)
-    with whole(args.out / "robustness.svg") as temporary:
-        temporary.write_text(plot(rows, args.attack), encoding="utf-8")
+    svg.write(args.out / "robustness.svg", plot(rows, args.attack))
     print(f"{as_markdown(rows)}\n{len(args.concept)} classes; wrote {args.out}/robustness.*")
 
 

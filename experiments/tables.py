@@ -17,12 +17,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import drifts, make_pairs
 from eval_clip import judge, outcomes, summary
+from plumbing import svg
 from plumbing.cli import DTYPES, command_line, measuring_args, parse_settings, pick_device, program
 from plumbing.disk import read_json
 from plumbing.edits import base_hash, cross_attention, read_edit
 from plumbing.making import Recipe, make_edits, recipe
 from plumbing.models import model_folder
-from plumbing.pictures import write_png
 from plumbing.prompts import BOOK, preserved_prompts, row_prompts
 from plumbing.results import RANK, evaluate
 from plumbing.stats import as_markdown, write_tables
@@ -105,11 +105,13 @@ def figure(args) -> list[dict]:
         rows.append({"figure": name, "D1 or M": a, "S2 or N": b, "Acc_s - Acc_e": round(means["Acc_s"]
                      - means["Acc_e"], 2), **means, "drift": about["drift"]})
     if RANK == 0:
+        maps = []
         for name, (x, xs, y, ys) in FIGURE.items():
-            for column, ending in (("Acc_s - Acc_e", ""), ("Acc_a", "-residue")):
-                values = torch.tensor([row[column] for row in rows if row["figure"] == name])
-                write_png(args.out / f"figure5-{name}{ending}.png",
-                          heat_map(values.view(len(xs), len(ys)), x, xs, y, ys))
+            for column in ("Acc_s - Acc_e", "Acc_a"):
+                values = [row[column] for row in rows if row["figure"] == name]
+                lines = [values[i:i + len(ys)] for i in range(0, len(values), len(ys))]
+                maps.append(svg.heat_map(lines, xs, ys, f"{column}, {args.concept}", x, y))
+        svg.write(args.out / "figure5.svg", *maps)
     return rows
 
 
@@ -145,41 +147,6 @@ def sweep(args) -> list[dict]:
         rows.append({"settings": line or "defaults"}
                     | {name: round(mean, 3) for name, mean in zip([*groups, "drift"], means)})
     return rows
-
-
-GLYPHS = dict(zip("0123456789.-DSMN", (                           # 3 × 5 pixels each, row by row
-    "111101101101111 010110010010111 111001111100111 111001111001111 101101111001001 111100111001111 "
-    "111100111101111 111001001001001 111101111101111 111101111001111 000000000000010 000000111000000 "
-    "110101101101110 011100010001110 101111111101101 101111111111101").split()))
-
-
-def write_text(picture: torch.Tensor, text: str, top: int, left: int, scale: int = 3) -> None:
-    """Put digits and the letters of GLYPHS into a uint8 [H, W, 3] picture, in black."""
-    for i, character in enumerate(text):
-        bits = torch.tensor([bit == "1" for bit in GLYPHS[character]]).view(5, 3)
-        bits = bits.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-        place = picture[top:top + 5 * scale, left + 4 * scale * i:left + 4 * scale * i + 3 * scale]
-        place[bits] = 0
-
-
-def heat_map(values: torch.Tensor, x: str, xs: list, y: str, ys: list):
-    """values [len(xs), len(ys)] -> uint8 [H, W, 3]: x downwards, y to the right, white low, green high."""
-    size, margin = 96, 84
-    picture = torch.full((margin + size * len(xs), margin + size * len(ys), 3), 255, dtype=torch.uint8)
-    low, span = values.min(), (values.max() - values.min()).clamp(min=1e-6)
-    for i in range(len(xs)):
-        for j in range(len(ys)):
-            top, left, depth = margin + size * i, margin + size * j, ((values[i, j] - low) / span).item()
-            picture[top:top + size - 2, left:left + size - 2] = torch.tensor(
-                [255 - 150 * depth, 255 - 30 * depth, 255 - 150 * depth]).byte()
-            write_text(picture, f"{values[i, j]:.1f}", top + 38, left + 18)
-    for i, value in enumerate(xs):
-        write_text(picture, str(value), margin + size * i + 38, 12)
-    for j, value in enumerate(ys):
-        write_text(picture, str(value), 54, margin + size * j + 18)
-    write_text(picture, x, 54, 12)
-    write_text(picture, y, 12, margin + 18)
-    return picture.numpy()
 
 
 def main() -> None:

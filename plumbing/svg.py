@@ -164,11 +164,13 @@ def images(cell, where: str) -> list[tuple[bytes, int, int]]:
             for picture in cell.reshape(-1, *cell.shape[-3:])]
 
 
-def sheet(pictures, rows: list, columns: list, title: str = "", notes=None, footer: str = "") -> Drawing:
+def sheet(pictures, rows: list, columns: list, title: str = "", notes=None, footer: str = "",
+          side: int = 160) -> Drawing:
     """A grid of pictures with a label at each row and above each column.
 
     pictures[row][column]: a tensor [3, H, W] or [N, 3, H, W] in [0, 1], an array uint8 [H, W, 3] or
-    [N, H, W, 3], the path of a PNG, or a list of these. notes[row][column]: what stands below them.
+    [N, H, W, 3], the path of a PNG, or a list of these. notes[row][column]: what stands below them. side: how
+    wide a picture is at most.
     Raises UserError if the labels do not fit, or if a cell has no picture or holds NaN.
     """
     check_table(pictures, rows, columns, title or "sheet")
@@ -183,7 +185,7 @@ def sheet(pictures, rows: list, columns: list, title: str = "", notes=None, foot
         across = math.ceil(most / lines)
         if space / across - 2 >= 72:
             break
-    side = min(160, max(space // across - 2, 48, widest(columns) // across - 2))
+    side = min(side, max(space // across - 2, 48, widest(columns) // across - 2))
     tall = max(side * h / w for _, w, h in chain(*chain(*cells))) + 2
     wide = max(across * (side + 2) - 2, widest(columns))
 
