@@ -300,8 +300,9 @@ def main() -> None:
                                        batch=args.batch))
         write_sheet(out / "grid.png", torch.cat(pictures).unflatten(0, (-1, shown)))
         notes = [[f"success {row['success'][0]:.0f} %"] for row in rows]
-        svg.write(out / "grid.svg", svg.sheet([[x] for x in pictures], [
-            f"{row['concept']}, {row['attack']}" for row in rows], [name], "The strongest of each attack", notes))
+        names = [f"{row['concept']}, {row['attack']}" for row in rows]
+        svg.write(out / "grid.svg", svg.sheet([[x] for x in pictures], names, [name],
+                                              "The strongest of each attack", notes))
         write_tables(out, "attacks", rows)
         print(f"{as_markdown(rows)}\nwrote {out}/")
 

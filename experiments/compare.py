@@ -40,8 +40,8 @@ def recipe_of(method: str, concept: str, dtype: str) -> Recipe:
 
 def plot(rows: list[dict], names: list[str]) -> svg.Drawing:
     """To the right, other classes lost; upwards, what the strongest of the attacks gets back."""
-    return svg.scatter({row["method"]: [(100 - row["Acc_s"][0], max(row[name][0] for name in names))]
-                        for row in rows}, "other classes lost, 100 − Acc_s (%)", "strongest attack's success (%)")
+    points = {row["method"]: [(100 - row["Acc_s"][0], max(row[name][0] for name in names))] for row in rows}
+    return svg.scatter(points, "other classes lost, 100 − Acc_s (%)", "strongest attack's success (%)")
 
 
 def main() -> None:
