@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from files import UserError, load_network, read_config, read_json
+from plumbing import UserError
+from plumbing.disk import read_json
+from plumbing.weights import load_network, read_config
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # CLIP's word splitter: special tokens, contractions, runs of letters, single digits, runs of other signs.

@@ -13,7 +13,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from files import UserError, read_config
+from plumbing import UserError
+from plumbing.weights import read_config
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,12 @@
 
     python eval_clip.py --edit out/airplane          # a row of the paper's Table 1, and the untouched model's
     python eval_clip.py --edit out/airplane --quick
-    python eval_clip.py --edit out/airplane --edit out/ship          # merged: rows for each concept
     python eval_clip.py --prompts mine.csv --edit out/airplane
 
 The CSV has a column prompt, and may have seed (or evaluation_seed), and class (or concept): what CLIP should
 see. Its other columns are kept. A row without a seed takes --seed. Works with any folder in the layout of
 transformers' CLIPModel: `mini/clip`, openai/clip-vit-large-patch14. Paper: Radford et al. 2021.
 """
-import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_text import SUPPORTED as TEXT_SUPPORTED
-from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Encoder
-from command import DTYPES, command_line, measuring_args, pick_device
-from concepts import BOOK, prompts_to_watch, read_prompts, row_prompts
-from detectors import find_detector
-from files import (UserError, about_edit, cross_attention, load_network, model_folder, put_weights,
-                   read_config, read_json, whole)
-from lora import lora_off
-from metrics import as_csv, as_markdown, bootstrap, frechet, summary, wilson
-from pictures import grid, write_png
+from clip_text import SUPPORTED as TEXT_SUPPORTED, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Encoder
+from plumbing import UserError
+from plumbing.cli import DTYPES, command_line, measuring_args, only, pick_device, program
+from plumbing.detectors import find_detector
+from plumbing.disk import read_json
+from plumbing.edits import about_edit, concepts_of, read_edit
+from plumbing.models import model_folder
+from plumbing.own_prompts import read_prompts, score_prompts
+from plumbing.pictures import write_sheet
+from plumbing.prompts import choices, names_to_choose, prompts_to_watch, row_prompts
+from plumbing.results import RANK, Picture, evaluate
+from plumbing.stats import as_markdown, bootstrap, frechet, wilson, write_tables
+from plumbing.weights import load_network, read_config
+from sample import Model
 
 
 @dataclass(frozen=True)
@@ -144,50 +145,6 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]      # o
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
-def names_to_choose(pairs) -> list[str]:
-    """What CLIP chooses among when an edit is looked at: classes, scenes, concepts and anchors."""
-    book = read_json(BOOK)
-    named = [name for pair in pairs for name in (pair.concept, pair.anchor) if name]
-    return list(dict.fromkeys([*book["classes"], *book["scenes"], *named]))
-
-
-def before_after(model, W0: dict[str, Tensor], W: dict[str, Tensor], pairs, n: int, seed: int):
-    """Draw with the original and with the edited matrices, n pictures a prompt, from the same seeds.
-
-    Prints what CLIP sees if the model's folder has one. Returns that table (a list of rows) and the picture,
-    uint8 [height, width, 3]: a row per prompt, left before, right after.
-    """
-    watched = list(dict.fromkeys(row for pair in pairs for row in prompts_to_watch(pair.concept)))
-    prompts = [prompt for _, prompt in watched for _ in range(n)]
-    drawn = {}
-    for when, weights in (("before", W0), ("after", W)):
-        put_weights(model.unet, weights)
-        with lora_off(model.unet):                                # what it learned is part of W
-            drawn[when] = model.draw(prompts, [seed + i for _ in watched for i in range(n)])
-    table = [{"prompt": prompt, "wanted": wanted} for wanted, prompt in watched]
-    if (model.folder / "clip").is_dir():
-        clip, names = CLIP.from_pretrained(model.folder / "clip"), names_to_choose(pairs)
-        print(f"\nCLIP's first choice of {len(names)} names, {n} pictures a prompt")
-        print(f"{'prompt':<28}{'before':<32}after")
-        for when, pictures in drawn.items():
-            said = clip.classify(pictures, [f"a photo of the {name}" for name in names]).argmax(1).view(-1, n)
-            for row, guesses in zip(table, said):
-                most = guesses.mode().values
-                row[when] = {"right": (guesses == names.index(row["wanted"])).sum().item(),
-                             "mostly": names[most], "times": (guesses == most).sum().item()}
-        for row in table:
-            print(f"{row['prompt'][:26]:<28}{seen(row, 'before', n):<32}{seen(row, 'after', n)}")
-    sheet = torch.cat([pictures.unflatten(0, (-1, n))[:, :8] for pictures in drawn.values()], dim=1)
-    return table, grid(sheet.flatten(0, 1), sheet.shape[1], zoom=max(1, 96 // sheet.shape[-1]))
-
-
-def seen(row: dict, when: str, n: int) -> str:
-    """"airplane 0/4, mostly sky 4": how many are what was wanted, and what most are if they are not."""
-    cell = row[when]
-    other = f", mostly {cell['mostly']} {cell['times']}" if cell["mostly"] != row["wanted"] else ""
-    return f"{row['wanted']} {cell['right']}/{n}{other}"
-
-
 def judge(flag: str | None, folder: Path, device) -> CLIP:
     """The CLIP to judge by: --clip, or the one in the model's folder."""
     if not flag and not (folder / "clip").is_dir():
@@ -196,79 +153,107 @@ def judge(flag: str | None, folder: Path, device) -> CLIP:
     return CLIP.from_pretrained(model_folder(flag, "--clip") if flag else folder / "clip", device=device)
 
 
-def write_tables(out: Path, name: str, rows: list[dict]) -> None:
-    """`rows` as name.json, name.csv and name.md."""
-    texts = {"json": json.dumps(rows, indent=1, ensure_ascii=False) + "\n", "csv": as_csv(rows),
-             "md": as_markdown(rows)}
-    out.mkdir(parents=True, exist_ok=True)
-    for ending, text in texts.items():
-        with whole(out / f"{name}.{ending}") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+# ------------------------------------------------------------------ the paper's metrics (section 5)
+#
+# Outcomes of one row of a table are four groups of numbers per picture: e, the erased class under its own
+# name; s, the other classes; g, the synonyms; a, the associated phrases: the concept residue, which the paper
+# counts for celebrities and styles (as their Acc_g), but not for objects. A number is 1 or 0 (top-1: CLIP's
+# first choice is what was erased; for s: what was asked for), or a probability. Papers mix the two: MACE's
+# script, which RealEra follows, averages the probability.
+
+def harmonic(acc_e: float, acc_s: float, acc_g: float) -> float:
+    """H_o of accuracies in [0, 1]: 3 / (1/(1 − Acc_e) + 1/Acc_s + 1/(1 − Acc_g)), 0 if a term is 0."""
+    terms = (1 - acc_e, acc_s, 1 - acc_g)
+    return 3 / sum(1 / term for term in terms) if min(terms) > 0 else 0.0
+
+
+def h_o(means: dict[str, float]) -> float:
+    return harmonic(means["e"], means["s"], means["g"])
+
+
+def summary(rows: list[dict[str, Tensor]]) -> dict[str, list[float]]:
+    """Metrics of one row, or the average of several, in percent: {"Acc_e": [value, low, high], …, "H_o": …}.
+
+    Accuracies that count pictures, as many in each row, have Wilson's interval, which says something at 0 and
+    100, too; everything else is bootstrapped. The average H_o is the mean of the rows' H_o, as in Table 1.
+    """
+    found = {}
+    for group in rows[0]:
+        x = torch.cat([row[group].double() for row in rows])
+        value = sum(row[group].double().mean().item() for row in rows) / len(rows)
+        if len({len(row[group]) for row in rows}) == 1 and bool(((x == 0) | (x == 1)).all()):
+            low, high = wilson(value, len(x))
+        else:
+            low, high = bootstrap([{group: row[group]} for row in rows], lambda m: m[group])
+        found[f"Acc_{group}"] = [value, low, high]
+    means = [{group: x.double().mean().item() for group, x in row.items()} for row in rows]
+    found["H_o"] = [sum(map(h_o, means)) / len(rows), *bootstrap(rows, h_o)]
+    return {name: [round(100 * number, 2) for number in numbers] for name, numbers in found.items()}
 
 
 @torch.no_grad()
-def score_prompts(clip: CLIP, rows: list[dict], found) -> tuple[list[dict], list[dict]]:
-    """Per row of the CSV its CLIP score, 100 · cosine of picture and prompt, and CLIP's choice of class; and
-    a summary per class and over all."""
-    features = torch.stack([found[row["prompt"], row["seed"]] for row in rows])      # [rows, P]
-    device, names = clip.logit_scale.device, list(dict.fromkeys(row["class"] for row in rows if row["class"]))
+def outcomes(clip: CLIP, concept: str, found: dict[Picture, Tensor], seeds: range,
+             task: str = "object", erased=()) -> dict[str, dict]:
+    """What CLIP says, by way of counting and group: {"top-1": {"e": [pictures], "s": …}, …}.
 
-    def text(prompts: list[str]) -> Tensor:
-        ids = clip.tokenizer(prompts).to(device)
-        return torch.cat([clip.text_features(part).cpu() for part in ids.split(64)])
+    top-1 and probability choose among the ten classes and the scenes that serve as anchors: a choice without
+    "none of them" calls half of all plain sky an airplane. "ten-way" is the paper's choice among the classes.
+    Celebrities are chosen among the five and "a person"; the paper's own judge, GCD, is a --detector. Styles
+    are scored by the cosine with "an artwork by …", also where the prompt was another (the paper is silent).
+    """
+    names, prompts = choices(task)
+    text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()        # [names, P]
+    counted = {"CLIP score": {}} if task == "style" else {"top-1": {}, "probability": {}, "ten-way": {}}
+    for group, rows in row_prompts(concept, task, seeds, erased).items():
+        features = torch.stack([found[prompt, seed] for _, prompt, seed in rows])
+        wanted = torch.tensor([names.index(name) for name, _, _ in rows])
+        cosines = features @ text.T                                                  # [pictures, names]
+        logits = clip.logit_scale.exp().cpu() * cosines
+        if task == "style":
+            counted["CLIP score"][group] = cosines[torch.arange(len(wanted)), wanted]
+            continue
+        counted["top-1"][group] = (logits.argmax(1) == wanted).float()
+        counted["probability"][group] = logits.softmax(1)[torch.arange(len(wanted)), wanted]
+        counted["ten-way"][group] = (logits[:, :len(names)].argmax(1) == wanted).float()
+    return counted
 
-    scores = 100 * (features * text([row["prompt"] for row in rows])).sum(1)
-    for row, score in zip(rows, scores.tolist()):
-        row["CLIP score"] = round(score, 3)
-    if names:
-        for row, i in zip(rows, (features @ text([f"a photo of the {name}" for name in names]).T).argmax(1)):
-            row["CLIP says"] = names[i]
-    groups = []
-    for name in [*names, None]:
-        some = [i for i, row in enumerate(rows) if name is None or row["class"] == name]
-        part = scores[some]
-        groups.append({"class": name or "all", "pictures": len(some), "CLIP score": [
-            round(x, 2) for x in (part.mean().item(), *bootstrap([{"": part}], lambda m: m[""]))]})
-        if name:
-            right = sum(rows[i]["CLIP says"] == name for i in some) / len(some)
-            groups[-1]["top-1"] = [round(100 * x, 2) for x in (right, *wilson(right, len(some)))]
-    return rows, groups
+
+def shown(model, clip: CLIP, prompts: list[tuple[str, str]], n: int, steps: int | None):
+    """(wanted, prompt) -> the share of n pictures each in which CLIP sees what is wanted, [prompts]; and the
+    pictures [prompts · n, 3, H, W]."""
+    names = names_to_choose([])
+    asked = [prompt for _, prompt in prompts for _ in range(n)]
+    pictures = model.draw(asked, [*range(n)] * len(prompts), steps)
+    said = clip.classify(pictures, [f"a photo of the {name}" for name in names]).argmax(1).view(-1, n)
+    wanted = torch.tensor([names.index(name) for name, _ in prompts])
+    return (said == wanted[:, None]).float().mean(1), pictures
 
 
 def main() -> None:
-    from merge import edited_weights
-    from sample import Model
-    from scores import RANK, evaluate, outcomes
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edit", action="append", default=[],
-                        help="an edit folder such as out/airplane; several of realera.py are merged")
+    parser = program(__doc__)
+    parser.add_argument("--edit", action="append", default=[], help="an edit folder such as out/airplane")
     parser.add_argument("--prompts", type=Path, help="CSV of your own prompts, one picture a row")
     parser.add_argument("--detector", help="nudenet, or module:function: another judge, of the PNGs")
     args = measuring_args(parser)
     if not args.edit and not args.prompts:
         raise UserError("give --edit out/NAME, --prompts FILE.csv, or both")
     detect = find_detector(args.detector) if args.detector else None
-    device, folder = pick_device(args.device), model_folder(args.model)
-    erased = [(concept, about.get("task", "object")) for about in map(about_edit, args.edit)
-              for concept in about.get("concepts", [])]
+    edit, device, folder = only(args.edit), pick_device(args.device), model_folder(args.model)
+    erased = concepts_of(about_edit(edit)) if edit else []
     names, seeds = [concept for concept, _ in erased], range(args.seed, args.seed + args.n)
     if args.prompts:
         csv_rows, name = read_prompts(args.prompts, args.seed), args.prompts.stem
         jobs = others = [(row["prompt"], row["seed"]) for row in csv_rows]
     else:
-        groups, name = [row_prompts(*what, seeds, names) for what in erased], "+".join(
-            sorted(Path(edit).name for edit in args.edit))
+        groups, name = [row_prompts(*what, seeds, names) for what in erased], Path(edit).name
         jobs = [(prompt, seed) for group in groups for rows in group.values() for _, prompt, seed in rows]
         others = [(prompt, seed) for group in groups for _, prompt, seed in group["s"]]
     out = args.out or Path("out/evaluation") / name
     model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
-    weights = {"untouched": cross_attention(folder)}
-    if args.edit:
-        weights["edited"] = edited_weights(args.edit, folder, model.text)
+    weights = {"untouched": {}} | ({"edited": read_edit(edit, folder)} if edit else {})
     rows, detected, pictures, untouched = [], [], [], None
     for variant, W in weights.items():
-        put_weights(model.unet, W)
+        model.put(W)
         keep = out / "pictures" / variant if args.keep_pictures or detect else None
         found = evaluate(model, clip, jobs, out / "results", args.steps, None, args.batch, keep, variant)
         features = torch.stack([found[job] for job in others])
@@ -295,8 +280,7 @@ def main() -> None:
                                        [args.seed + i for _ in some for i in range(4)], args.steps,
                                        batch=args.batch))
     if RANK == 0:
-        sheet = torch.cat([x.unflatten(0, (-1, 4)) for x in pictures], dim=1)
-        write_png(out / "grid.png", grid(sheet.flatten(0, 1), sheet.shape[1], max(1, 96 // sheet.shape[-1])))
+        write_sheet(out / "grid.png", *(x.unflatten(0, (-1, 4)) for x in pictures))
         write_tables(out, "metrics", rows)
         if detect:
             write_tables(out, "detected", detected)

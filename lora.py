@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from files import UserError, readable, whole
+from plumbing import UserError
+from plumbing.disk import readable, whole
 
 
 class LoRALinear(nn.Linear):

@@ -27,12 +27,11 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from command import (DTYPES, Clock, command_line, erasing_args, finish, parse_settings, pick_device,
-                     say_numbers)
-from concepts import Pair, drifts, make_pairs, preserved_prompts, preview
 from diffusion import ddim, guided
-from files import UserError, cross_attention, model_folder, put_weights, whole_folder
+from erasing import Job, Pair, edited, run
 from lora import add_lora, lora_layers, lora_off, save_lora
+from plumbing import UserError
+from plumbing.weights import put_weights
 
 
 @dataclass(frozen=True)
@@ -142,17 +141,6 @@ def closed_form(E: Tensor, E_star: Tensor, P: Tensor, lambda1: float, lambda2: f
     return torch.cholesky_solve(E.T @ (E_star - E), torch.linalg.cholesky(B)).T, cond
 
 
-def edited(W0: dict[str, Tensor], delta: Tensor) -> dict[str, Tensor]:
-    """W = W₀ + W₀ Δ for every matrix, in float32: only the solve needs more."""
-    return {name: W.float() + W.float() @ delta.float() for name, W in W0.items()}
-
-
-def change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> float:
-    """‖ΔW‖/‖W₀‖ over all matrices together."""
-    moved = sum((W[name].double() - W0[name].double()).square().sum() for name in W0)
-    return (moved / sum(matrix.double().square().sum() for matrix in W0.values())).sqrt().item()
-
-
 # -------------------------------------------------------------------------- noise alignment, Eqs. 8, 9
 
 def noise_alignment_loss(eps: Callable, z: Tensor, t: Tensor, target: Tensor, c: Tensor,
@@ -215,10 +203,10 @@ class Trajectories:
 
 
 @torch.no_grad()
-def anchor_trajectories(model, pair: Pair, empty: Tensor, s: Settings) -> Trajectories:
-    """Let the original network draw the anchor once and keep every step."""
+def trajectories(model, e: Tensor, empty: Tensor, seed: int, pictures: int) -> Trajectories:
+    """Let the network draw rows e [T, D] once, with guidance against `empty`, and keep every step."""
     zs, ts, targets = [], [], []
-    both = torch.cat([rows.expand(s.trajectories, -1, -1) for rows in (empty, pair.e_star)])
+    both = torch.cat([rows.expand(pictures, -1, -1) for rows in (empty, e)])
     both = both.to(model.dtype).to(model.device)                  # in this order: MPS has no float64
 
     def eps(z: Tensor, t: int) -> Tensor:
@@ -226,7 +214,7 @@ def anchor_trajectories(model, pair: Pair, empty: Tensor, s: Settings) -> Trajec
         zs.append(z), ts.append(t), targets.append(c)
         return guided(u, c, model.defaults["guidance"])
 
-    noise = model.noise([pair.seed % 2 ** 31 + i for i in range(s.trajectories)]).to(model.device)
+    noise = model.noise([seed % 2 ** 31 + i for i in range(pictures)]).to(model.device)
     ddim(eps, noise, model.scheduler, model.defaults["steps"])
     return Trajectories(torch.stack(zs, 1), torch.tensor(ts, device=model.device), torch.stack(targets, 1))
 
@@ -275,46 +263,33 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
     return {name: [before[name], after] for name, after in measure().items()}
 
 
-def main() -> None:
-    from sample import Model, Text                                # the method above needs no network of ours
-    args = erasing_args(__doc__, Settings, {
-        "--lora-steps": {"type": int, "help": "0: closed form only (default 200, section 5)"},
-        "--low-memory": {"action": "store_true", "help": "train in less memory, more slowly"}})
-    s, clock = parse_settings(Settings, args.set, lora_steps=args.lora_steps), Clock()
-    device, folder = pick_device(args.device), model_folder(args.model)
-    text, model, losses = Text(folder), None, {}
-    pairs = make_pairs(args.concept, args.anchor, args.task, text, s.rows, args.seed)
-    stay = text(preserved_prompts(args.task, pairs) if s.real_prompts else [""])
-    clock("text")
-    delta, cond = erase_in_closed_form(pairs, stay, s)
-    if args.preview:
-        return preview(args.preview, delta, text)
-    with whole_folder(args.out, args.overwrite) as new:
-        W0 = cross_attention(folder)
-        W = edited(W0, delta)
-        clock("closed form")
-        numbers = {"cond(B)": cond, "‖ΔW‖/‖W‖": change(W0, W)} | drifts(delta, pairs, text)
-        say_numbers(pairs, numbers)
-        if s.lora_steps or not args.no_pictures:
-            model = Model(folder, device, DTYPES[args.dtype], text=text)
-        if s.lora_steps:
-            ways = [anchor_trajectories(model, pair, stay[0], s) for pair in pairs]
-            clock("trajectories")
-            add_lora(model.unet, s.rank, seed=args.seed)
-            put_weights(model.unet, W)
-            model.unet.low_memory = args.low_memory
-            losses = align_noise(model, pairs, ways, W0, s)
-            for name, (before, after) in losses.items():
-                print(f"{name} on held-out latents: {before:.2e} → {after:.2e} ({after / before - 1:+.1%})")
-            save_lora(model.unet, new / "residual_lora.safetensors",
-                      {"needs": "the closed form of erased.safetensors: by itself this does not erase"})
-            W |= {f"{name}.weight": W[f"{name}.weight"] + layer.delta().cpu()
-                  for name, layer in lora_layers(model.unet).items()}
-            clock("noise alignment")
-        finish(new, model, W0, W, pairs, {"method": "RealEra", "settings": dataclasses.asdict(s)},
-               {"numbers": numbers, "losses": losses}, args, clock)
-    print(f"wrote {args.out}/")
+def erase(job: Job, s: Settings) -> dict[str, Tensor]:
+    """Algorithm 1: the closed form, and a LoRA that aligns the noise, in one matrix each."""
+    stay = job.stay(s.real_prompts)
+    delta, cond = erase_in_closed_form(job.pairs, stay, s)
+    W = edited(job.W0, delta)
+    job.clock("closed form")
+    job.say("closed form", W, **{"cond(B)": cond})
+    if not s.lora_steps or job.preview:
+        return W
+    unet = job.model.unet
+    ways = [trajectories(job.model, p.e_star, stay[0], p.seed, s.trajectories) for p in job.pairs]
+    job.clock("trajectories")
+    add_lora(unet, s.rank, seed=job.seed)
+    put_weights(unet, W)
+    unet.low_memory = job.args.low_memory
+    losses = align_noise(job.model, job.pairs, ways, job.W0, s)
+    for name, (before, after) in losses.items():
+        print(f"{name} on held-out latents: {before:.2e} → {after:.2e} ({after / before - 1:+.1%})")
+    save_lora(unet, job.folder / "residual_lora.safetensors",
+              {"needs": "the closed form of erased.safetensors: by itself this does not erase"})
+    job.report["losses"] = losses
+    job.clock("noise alignment")
+    return W | {f"{name}.weight": W[f"{name}.weight"] + layer.delta().cpu()
+                for name, layer in lora_layers(unet).items()}
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run("RealEra", __doc__, Settings, erase, suffix="", own={
+        "--lora-steps": {"type": int, "help": "0: closed form only (default 200, section 5)"},
+        "--low-memory": {"action": "store_true", "help": "train in less memory, more slowly"}})

@@ -21,19 +21,20 @@ text space: 1e-1 and 3 for nudity, 1e-1 and 2 for other unsafe concepts, 1e-3 an
 objects, 1e-1 and 1 for easy objects. Nothing guarantees that what is regained falls from round to round; it
 is printed.
 """
-import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from command import (DTYPES, Clock, command_line, erasing_args, finish, parse_settings, pick_device,
-                     say_numbers)
-from concepts import drifts, make_pairs, preserved_prompts, preview
-from files import UserError, about_edit, cross_attention, model_folder, put_weights, read_edit, whole_folder
-from pictures import grid, write_png
-from realera import change, closed_form, edited
+from erasing import Job, edited, gram, run
+from eval_clip import CLIP
+from plumbing import UserError
+from plumbing.edits import about_edit, read_edit
+from plumbing.pictures import write_sheet
+from plumbing.prompts import names_to_choose
+from plumbing.weights import put_weights
+from realera import closed_form
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,6 @@ class Settings:
             raise UserError(f"the settings need regularizer = zero or target, not {self.regularizer}")
 
 
-def gram(W: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
-    """Σ WᵀV over all cross-attention matrices [out, D] -> [D, D], float64."""
-    return sum(W[name].double().T @ V[name].double() for name in W)
-
-
 def derive(T: Tensor, G: Tensor, C: Tensor, e: Tensor, lam: float, towards: Tensor | None = None) -> Tensor:
     """The rows that make W₁ T act like W₀ does on e: argmin Σ ‖W₁ T e_adv − W₀ e‖² + λ ‖e_adv − towards‖².
 
@@ -85,7 +81,7 @@ def regained(T: Tensor, G: Tensor, C: Tensor, G0: Tensor, e: Tensor, e_star: Ten
     return 1 - (missed / ((shift @ G0) * shift).sum()).item()
 
 
-def erase(E: Tensor, E_star: Tensor, stay: Tensor, l1: float, erase: float, retain: float) -> Tensor:
+def erase_rows(E: Tensor, E_star: Tensor, stay: Tensor, l1: float, erase: float, retain: float) -> Tensor:
     """Δ of Eq. 7 in absolute units, [D, D]: UCE's edit. E, E_star, stay [rows, D]; l1 is the ridge."""
     E, E_star = erase ** 0.5 * E, erase ** 0.5 * E_star
     trace = E.square().sum() + retain * stay.square().sum()
@@ -96,24 +92,23 @@ def iterate(e: Tensor, e_star: Tensor, stay: Tensor, T: Tensor, G: Tensor, C: Te
     """The rounds, from T on; e, e_star [concepts · tokens, D]. Yields (T before, derived rows, T after)."""
     for _ in range(s.rounds):
         e_adv = derive(T, G, C, e, s.lam, e_star if s.regularizer == "target" else None)
-        before, T = T, T + T @ erase(e_adv, e_star, stay, s.l1, s.erase, s.retain)
+        before, T = T, T + T @ erase_rows(e_adv, e_star, stay, s.l1, s.erase, s.retain)
         yield before, e_adv, T
 
 
-def draw_rounds(folder, model, W1: dict[str, Tensor], rounds: list, pairs, n: int, seed: int) -> list[str]:
+def draw_rounds(job: Job, W1: dict[str, Tensor], rounds: list, n: int) -> list[str]:
     """round<i>.png: a row per concept, drawn from what was derived; left before, right after its erasure.
     Returns what CLIP sees of the concepts, if the model's folder has one: ["airplane 4/4 → 0/4", …]."""
-    from eval_clip import CLIP, names_to_choose
+    model, pairs, said = job.model, job.pairs, []
     clip = CLIP.from_pretrained(model.folder / "clip") if (model.folder / "clip").is_dir() else None
-    names, said = names_to_choose(pairs), []
+    names = names_to_choose(pairs)
     for i, (before, e_adv, after) in enumerate(rounds, 1):
         rows = e_adv.float().unflatten(0, (len(pairs), -1)).repeat_interleave(n, 0)  # [concepts · n, T, D]
         drawn = []
         for T in (before, after):
             put_weights(model.unet, edited(W1, T - torch.eye(len(T), dtype=T.dtype)))
-            drawn.append(model.draw(rows, [seed + j for _ in pairs for j in range(n)]))
-        sheet = torch.cat([pictures.unflatten(0, (-1, n)) for pictures in drawn], dim=1)
-        write_png(folder / f"round{i}.png", grid(sheet.flatten(0, 1), 2 * n, max(1, 96 // sheet.shape[-1])))
+            drawn.append(model.draw(rows, [job.seed + j for _ in pairs for j in range(n)]))
+        write_sheet(job.folder / f"round{i}.png", *(pictures.unflatten(0, (-1, n)) for pictures in drawn))
         if clip:
             first = [clip.classify(x, [f"a photo of the {name}" for name in names]).argmax(1).view(-1, n)
                      for x in drawn]
@@ -123,59 +118,46 @@ def draw_rounds(folder, model, W1: dict[str, Tensor], rounds: list, pairs, n: in
     return said
 
 
-def main() -> None:
-    from sample import Model, Text
-    args = erasing_args(__doc__, Settings, {
-        "--rounds": {"type": int, "help": "of deriving and erasing (default 3; 0: the start alone)"},
-        "--lambda": {"type": float, "dest": "lam", "help": "holds the derived embedding back (default 0.1)"},
-        "--edit": {"help": "start from this edit of the model, not from a first erasure"}}, "-rece")
-    s, clock = parse_settings(Settings, args.set, rounds=args.rounds, lam=args.lam), Clock()
-    device, folder = pick_device(args.device), model_folder(args.model)
-    text = Text(folder)
-    anchors = args.anchor or [""] * len(args.concept)             # the authors' " " has the same tokens
-    pairs = make_pairs(args.concept, anchors, args.task, text, "tail", args.seed)
+def erase(job: Job, s: Settings) -> dict[str, Tensor]:
+    """The start, the rounds on top of it, and what each of them regained."""
+    pairs, W0, start = job.pairs, job.W0, job.args.edit
     e, e_star = torch.cat([pair.e for pair in pairs]), torch.cat([pair.e_star for pair in pairs])
-    stay = text(preserved_prompts(args.task, pairs) if s.real_prompts else [""]).double().cpu().flatten(0, 1)
-    W0 = cross_attention(folder)
-    W1 = read_edit(args.edit, folder) if args.edit else W0
-    clock("text")
+    stay = job.stay(s.real_prompts).flatten(0, 1)
+    W1 = read_edit(start, job.model_folder) if start else W0
     G = C = G0 = gram(W0, W0)
-    if args.edit:
+    if start:
         G, C = gram(W1, W1), gram(W1, W0)
-    clock("G")
+    job.clock("G")
     T = I = torch.eye(len(G), dtype=G.dtype)
-    if not args.edit:
+    if not start:
         E, E_star = (torch.cat(rows) for rows in zip(*((p.block(), p.block_star()) for p in pairs)))
-        T = I + erase(E, E_star, stay, s.start_l1, s.start_erase, s.start_retain)
+        T = I + erase_rows(E, E_star, stay, s.start_l1, s.start_erase, s.start_retain)
     rounds = list(iterate(e, e_star, stay, T, G, C, s))
     T = rounds[-1][-1] if rounds else T
-    clock("rounds")
-    moved = torch.linalg.solve(G0, C.T @ T) - I                   # W₁ T e = W₀ (e + moved e), or nearly
-    if args.preview:
-        return preview(args.preview, moved, text)
-    with whole_folder(args.out, args.overwrite) as new:
-        W = edited(W1, T - I)
-        numbers = {"cond(G)": torch.linalg.cond(G, 1).item(), "‖ΔW‖/‖W‖": change(W0, W)}
-        numbers |= drifts(moved, pairs, text)
-        say_numbers(pairs, numbers)
-        shares = [[regained(at, G, C, G0, e, e_star, e_adv) for at in (before, after)]
-                  for before, e_adv, after in rounds]
-        for i, (before, after) in enumerate(shares, 1):
-            print(f"round {i}: what is derived regains {before:.1%} of the squared distance, "
-                  f"once erased {after:.1%}")
-        last = derive(T, G, C, e, s.lam, e_star if s.regularizer == "target" else None)
-        left = regained(T, G, C, G0, e, e_star, last)
-        print(f"what could be derived now regains {left:.1%} of the squared distance")
-        model = None if args.no_pictures else Model(folder, device, DTYPES[args.dtype], text=text)
-        said = draw_rounds(new, model, W1, rounds, pairs, args.n, args.seed) if model else []
-        if said:
-            print("drawn from what was derived, before → after its erasure", *said, sep="\n")
-        clock("pictures of the rounds")
-        finish(new, model, W0, W, pairs, {"method": "RECE", "settings": dataclasses.asdict(s),
-                                          "start": about_edit(args.edit) if args.edit else None},
-               {"numbers": numbers, "regained": shares, "left": left, "rounds": said}, args, clock)
-    print(f"wrote {args.out}/")
+    W = edited(W1, T - I)
+    job.clock("rounds")
+    if job.preview:
+        return W
+    job.say("closed form", W, **{"cond(G)": torch.linalg.cond(G, 1).item()})
+    shares = [[regained(at, G, C, G0, e, e_star, e_adv) for at in (before, after)]
+              for before, e_adv, after in rounds]
+    for i, (before, after) in enumerate(shares, 1):
+        print(f"round {i}: what is derived regains {before:.1%} of the squared distance, "
+              f"once erased {after:.1%}")
+    last = derive(T, G, C, e, s.lam, e_star if s.regularizer == "target" else None)
+    left = regained(T, G, C, G0, e, e_star, last)
+    print(f"what could be derived now regains {left:.1%} of the squared distance")
+    said = [] if job.args.no_pictures else draw_rounds(job, W1, rounds, job.args.n)
+    if said:
+        print("drawn from what was derived, before → after its erasure", *said, sep="\n")
+    job.clock("pictures of the rounds")
+    job.about["start"] = about_edit(start) if start else None
+    job.report |= {"regained": shares, "left": left, "rounds": said}
+    return W
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run("RECE", __doc__, Settings, erase, anchor="", own={        # the authors' " " has the same tokens as ""
+        "--rounds": {"type": int, "help": "of deriving and erasing (default 3; 0: the start alone)"},
+        "--lambda": {"type": float, "dest": "lam", "help": "holds the derived embedding back (default 0.1)"},
+        "--edit": {"help": "start from this edit of the model, not from a first erasure"}})

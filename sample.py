@@ -2,42 +2,31 @@
 
     python sample.py "a photo of an airplane" --n 8 --seed 0
     python sample.py "a photo of an airplane" "a photo of the sky" --edit out/airplane
-    python sample.py "a photo of the ship" --edit out/airplane --edit out/ship      # merged, see merge.py
     python sample.py "a red car" --model CompVis/stable-diffusion-v1-4 --device cuda --dtype bfloat16
 
 Each prompt is a row of one PNG, each column a seed: --seed, --seed + 1, … A picture depends on its prompt and
 its own seed only, never on the batch that it was drawn in.
 """
-import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Callable
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from clip_text import CLIPTextModel, CLIPTokenizer
-from command import DTYPES, check_seed, command_line, free_name, pick_device, slug
 from diffusion import SAMPLERS, Scheduler, guided
-from files import MINI, UserError, beside, defaults, model_folder, put_weights, read_edit
-from merge import edited_weights
-from pictures import grid, write_png
+from plumbing import UserError
+from plumbing.cli import (DTYPES, check_seed, command_line, free_name, model_args, only, pick_device, program,
+                          slug)
+from plumbing.edits import read_edit
+from plumbing.models import defaults, model_folder, tokenizer_folder
+from plumbing.pictures import write_sheet
+from plumbing.weights import put_weights
 from unet import UNet
 from vae import VAE
-
-
-def tokenizer_folder(model: Path) -> Path:
-    """tokenizer/ of a model. A single file has none: the one beside it or, from the hub (2 MB), SD v1.4's."""
-    folder = beside(model / "tokenizer")
-    if folder == model / "tokenizer" or folder.is_dir():
-        return folder
-    import hub                                                    # only needed here, and slow to import
-    try:
-        return hub.tokenizer()
-    except Exception as error:                                    # no network, …
-        raise UserError(f"{model} has no tokenizer and {hub.SD}'s could not be downloaded "
-                        f"({type(error).__name__}): put that tokenizer/ folder beside the file") from None
 
 
 class Text:
@@ -60,7 +49,7 @@ class Text:
 class Model:
     """A whole Stable Diffusion folder, ready to draw."""
 
-    def __init__(self, folder: Path, device="cpu", dtype=torch.float32, edit=None, text: Text | None = None):
+    def __init__(self, folder: Path, device="cpu", dtype=torch.float32, text: Text | None = None):
         self.folder, self.device, self.dtype = folder, torch.device(device), dtype
         self.text = text or Text(folder, device)
         self.unet = UNet.from_pretrained(folder / "unet", dtype, device)
@@ -73,8 +62,13 @@ class Model:
                             f"channels, its VAE {latent}")
         self.scheduler = Scheduler.from_pretrained(folder / "scheduler")
         self.defaults = defaults(folder)
-        if edit:
-            put_weights(self.unet, read_edit(edit, folder))
+        self.worn, self.own = {}, {}                              # an edit's tensors, and ours in their place
+
+    def put(self, W: dict[str, Tensor]) -> None:
+        """Draw with an edit's tensors from now on, in place of an earlier edit's; with {}, untouched."""
+        put_weights(self.unet, self.own)
+        self.worn, self.own = W, {name: self.unet.get_parameter(name).data for name in W}
+        put_weights(self.unet, W)
 
     def noise(self, seeds: list[int]) -> Tensor:
         """Pure noise, each seed's from its own generator on the CPU: [B, 4, h, w], float32."""
@@ -84,32 +78,46 @@ class Model:
 
     @torch.no_grad()
     def draw(self, prompts: list[str] | Tensor, seeds: list[int], steps: int | None = None,
-             guidance: float | None = None, sampler: str = "ddim", batch: int | None = None) -> Tensor:
+             guidance: float | None = None, sampler: str = "ddim", batch: int | None = None,
+             rows: Callable | None = None, guide: Callable | None = None, beside: Tensor | None = None,
+             strength: Callable | None = None) -> Tensor:
         """B prompts, or their rows [B, T, D], and B seeds -> pictures [B, 3, H, W] in [0, 1], float32, on the
         CPU. Shows progress. What is None is the model's default. Raises UserError for impossible steps.
+
+        For methods that change how a model draws: rows(c) gives other rows [B, T, D] for the prompts' rows c.
+        guide(u, c, t, …) -> noise takes the place of u + s (c − u); it is called in the order of the steps, a
+        batch at a time, with one more prediction for each of `beside`'s rows [k, T, D]. strength(c) says how
+        much of the edit that was `put` a prompt with rows c [T, D] is drawn with: 0 none, 1 all of it.
         """
         steps = self.defaults["steps"] if steps is None else steps
         guidance = self.defaults["guidance"] if guidance is None else guidance
         side = self.defaults["size"] // self.vae.factor
         batch = batch or max(1, 8192 // side ** 2)                # 32 of mini's pictures, 2 of SD's
         if isinstance(prompts, Tensor):
-            empty, rows = self.text([""]), prompts
+            empty, texts = self.text([""]), prompts
         else:
             unique = list(dict.fromkeys(["", *prompts]))
             encoded = self.text(unique)
-            empty, rows = encoded[:1], encoded[[unique.index(prompt) for prompt in prompts]]
+            empty, texts = encoded[:1], encoded[[unique.index(prompt) for prompt in prompts]]
+        if strength:
+            return self.blended(texts, seeds, strength, steps=steps, guidance=guidance, sampler=sampler,
+                                batch=batch, rows=rows, guide=guide, beside=beside)
+        texts = rows(texts) if rows else texts
+        guide = guide or (lambda u, c, t: guided(u, c, guidance))
+        always = [empty] + ([] if beside is None else list(beside[:, None]))
         pictures = []
         with tqdm(total=len(prompts) * steps, desc="drawing", unit="step", leave=False, disable=None) as bar:
             for i in range(0, len(prompts), batch):
-                c = rows[i:i + batch]
-                both = torch.cat([empty.to(c.device).expand_as(c), c]).to(self.device, self.dtype)
-                context = self.unet.read(both)                                       # of [2B, T, D]
+                c = texts[i:i + batch]
+                u, *more = (row.to(c).expand_as(c) for row in always)
+                context = self.unet.read(torch.cat([u, c, *more]).to(self.device, self.dtype))   # [2B, T, D]
 
                 def eps(z: Tensor, t: int) -> Tensor:
-                    bar.update(len(c))
+                    bar.update(len(z))
                     time = torch.full((), t, device=self.device)  # --compile would compile anew for each int
-                    noise = self.unet(torch.cat([z, z]).to(self.dtype), time, context).float()
-                    return guided(*noise.chunk(2), guidance)
+                    many = torch.cat([z] * (1 + len(always))).to(self.dtype)
+                    noise = self.unet(many, time, context).float().chunk(1 + len(always))
+                    return guide(noise[0], noise[1], t, *noise[2:])
 
                 start = self.noise(seeds[i:i + batch]).to(self.device)
                 z = SAMPLERS[sampler](eps, start, self.scheduler, steps)
@@ -117,14 +125,26 @@ class Model:
                 pictures.append((x.float() / 2 + 0.5).clamp(0, 1).cpu())
         return torch.cat(pictures)
 
+    def blended(self, texts: Tensor, seeds: list[int], strength: Callable, **how) -> Tensor:
+        """`draw` with W₀ + m (W − W₀), where m is each prompt's strength: those of one m together."""
+        W, own, drawn = self.worn, dict(self.own), [None] * len(texts)
+        m = [float(strength(c)) for c in texts]
+        for x in sorted(set(m)):
+            some = [i for i in range(len(m)) if m[i] == x]
+            self.put(W if x == 1 else {} if x == 0 else
+                     {name: own[name].float() + x * (W[name].to(own[name].device).float() - own[name].float())
+                      for name in W})
+            for i, picture in zip(some, self.draw(texts[some], [seeds[i] for i in some], **how)):
+                drawn[i] = picture
+        self.put(W)
+        return torch.stack(drawn)
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__doc__)
     parser.add_argument("prompts", nargs="+", help="one row of pictures each")
-    parser.add_argument("--model", default=MINI, help="folder, file or hub id (default: mini)")
-    parser.add_argument("--edit", action="append",
-                        help="an edit folder such as out/airplane; several of realera.py are merged")
+    model_args(parser)
+    parser.add_argument("--edit", action="append", default=[], help="an edit folder such as out/airplane")
     parser.add_argument("--n", type=int, default=4, help="pictures per prompt (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture in a row (default 0)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's; SD 50)")
@@ -132,8 +152,6 @@ def main() -> None:
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="ddim (default) or pndm")
     parser.add_argument("--batch", type=int, help="pictures drawn at a time (default: by their size)")
     parser.add_argument("--out", type=Path, help="PNG to write; must not exist (default: a new name in out/)")
-    parser.add_argument("--device", default="auto", help="auto (CUDA or CPU), cpu, cuda, mps")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of U-Net, VAE (default float32)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: for many pictures")
     args = parser.parse_args()
     check_seed(args.seed)
@@ -141,9 +159,10 @@ def main() -> None:
         raise UserError("--n and --batch must be at least 1")
     if args.out and args.out.exists():
         raise UserError(f"{args.out} exists: choose another --out")
+    edit = only(args.edit)
     model = Model(model_folder(args.model), pick_device(args.device), DTYPES[args.dtype])
-    if args.edit:
-        put_weights(model.unet, edited_weights(args.edit, model.folder, model.text))
+    if edit:
+        model.put(read_edit(edit, model.folder))
     if args.compile:
         model.unet.compile()
     steps = model.defaults["steps"] if args.steps is None else args.steps
@@ -155,7 +174,7 @@ def main() -> None:
     seconds = (time.perf_counter() - start) / len(pictures)
     out = args.out or free_name(Path("out") / f"{slug(args.prompts[0]) or 'empty'}-seed{args.seed}.png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_png(out, grid(pictures, args.n, zoom=max(1, 96 // pictures.shape[-1])))
+    write_sheet(out, pictures.unflatten(0, (-1, args.n)))
     print(f"{out}  seeds {args.seed}–{args.seed + args.n - 1}, {steps} steps of {args.sampler}, "
           f"guidance {guidance}, {seconds:.2f} s per picture")
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from files import UserError, load_network, read_config
+from plumbing import UserError
+from plumbing.weights import load_network, read_config
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.heads, self.seen = heads, None
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
@@ -107,7 +108,10 @@ class Attention(nn.Module):
         def split(y: Tensor) -> Tensor:
             return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)                 # [B, heads, L, C/heads]
         k, v = context[self] if isinstance(context, dict) else self.keys_values(context)
-        y = F.scaled_dot_product_attention(split(self.to_q(x)), split(k), split(v))
+        q, k, v = split(self.to_q(x)), split(k), split(v)
+        if self.seen is not None:                                 # a list, from who asks for attention
+            self.seen.append((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1))        # [B, heads, L, T]
+        y = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(y.transpose(1, 2).flatten(2))                             # [B, L, C]
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from files import load_network, read_config
+from plumbing.weights import load_network, read_config
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
+from plumbing import UserError
+from plumbing.cli import command_line
+from plumbing.disk import whole
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from command import command_line  # noqa: E402  (one folder up)
-from files import UserError, whole  # noqa: E402
 
 SCORES = {"clip": "zero-shot accuracy, 1,000 test photos", "vision": "the same, image tower alone",
           "vae": "PSNR in dB, 200 test photos", "unet": "loss on 200 test photos"}

@@ -19,16 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import train
-from train import CLASSES, HERE, Captions, Photos, Run, shifted, to_float
-
-from command import command_line, pick_device  # noqa: E402  (train.py puts the folder above on the path)
-from concepts import make_pairs, preserved_prompts
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
+from erasing import edited, make_pairs
 from eval_clip import CLIP
-from files import cross_attention, put_weights
-from metrics import frechet
-from pictures import grid, write_png
-from realera import Settings, edited, erase_in_closed_form
+from mini.train import CLASSES, HERE, RECIPES, Captions, Photos, Run, shifted, to_float, typical
+from plumbing.cli import command_line, pick_device
+from plumbing.edits import cross_attention, read_edit
+from plumbing.pictures import grid, write_png
+from plumbing.prompts import preserved_prompts
+from plumbing.stats import frechet
+from plumbing.weights import put_weights
+from realera import Settings, erase_in_closed_form
 from sample import Model, Text
 
 PARTS = ["cosines", "photos", "class", "synonym", "associated", "scene",
@@ -122,7 +123,8 @@ class Measure:
         self.args, self.n, self.prefix = args, args.n, "edit-" if args.edit else ""
         self.book = json.loads((HERE / "captions.json").read_text("utf-8"))["classes"]
         self.choices = CLASSES + Captions().scenes
-        self.model = Model(args.model, args.device, edit=args.edit)
+        self.model = Model(args.model, args.device)
+        self.model.put(read_edit(args.edit, args.model) if args.edit else {})
         self.clip = CLIP.from_pretrained(args.model / "clip", device=args.device)
         self.photos, self.test = Photos(args.data), Photos(args.data, ("test_batch.bin",))
         self.judge = train_judge(args, self.photos)
@@ -200,8 +202,8 @@ class Measure:
             ratios.append([spread(pictures[c].flatten(1)) / spread(real.flatten(1)),
                            spread(self.judge.look(pictures[c])) / spread(self.judge.look(real))])
         place = argparse.Namespace(out=self.args.model, device=self.args.device)
-        typical = train.typical(place, train.RECIPES["laptop"], self.photos)
-        real = to_float(self.photos.x[typical[self.photos.y[typical] < 10]])
+        chosen = typical(place, RECIPES["laptop"], self.photos)
+        real = to_float(self.photos.x[chosen[self.photos.y[chosen] < 10]])
         some = pictures[:, :8]
         drawn, which = nearest(some.flatten(0, 1), real)
         among = nearest(real[::5], real[::5], same=True)[0]

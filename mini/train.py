@@ -26,10 +26,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import clip_text, command, diffusion, eval_clip, files, unet, vae  # noqa: E402  (one folder up)
-from pictures import grid, write_png  # noqa: E402
-from concepts import PRESERVED, UNRELATED  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
+import clip_text
+import diffusion
+import eval_clip
+import unet
+import vae
+from plumbing import UserError
+from plumbing.cli import command_line, pick_device
+from plumbing.disk import read_json, whole
+from plumbing.pictures import grid, write_png
+from plumbing.prompts import PRESERVED, UNRELATED
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 TOKENS, WIDTH = 32, 256  # 27 edited rows × (1 + 5 neighbors) / 256 = 0.63; SD v1.4: 73 × 6 / 768 = 0.57
@@ -69,7 +76,7 @@ class Photos:
     def __init__(self, folder: Path, names=tuple(f"data_batch_{i}.bin" for i in range(1, 6))):
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
-            raise files.UserError(f"{folder} has no {missing[0]}: unpack CIFAR-10's binary version there")
+            raise UserError(f"{folder} has no {missing[0]}: unpack CIFAR-10's binary version there")
         raw = np.concatenate([np.fromfile(folder / name, np.uint8).reshape(-1, 3073) for name in names])
         x, y = (torch.from_numpy(raw[:, 1:].reshape(-1, 3, 32, 32)),
                 torch.from_numpy(raw[:, 0].astype(np.int64)))
@@ -248,7 +255,7 @@ def start_from(net: nn.Module, weights: nn.Module, folder: Path) -> None:
     try:
         net.load_state_dict(weights.state_dict())
     except RuntimeError:
-        raise files.UserError(f"{folder} has other sizes than this --recipe: give the one that made it "
+        raise UserError(f"{folder} has other sizes than this --recipe: give the one that made it "
                               f"({' or '.join(RECIPES)})") from None
 
 
@@ -272,7 +279,7 @@ class Run:
             with safe_open(self.path, "pt") as file:
                 if any(file.get_slice(f"net.{n}").get_shape() != list(p.shape)
                        for n, p in net.named_parameters()):
-                    raise files.UserError(f"{self.path} goes on from another --recipe: give that, or --work")
+                    raise UserError(f"{self.path} goes on from another --recipe: give that, or --work")
             self.load()
 
     def state(self) -> dict[str, Tensor]:
@@ -286,7 +293,7 @@ class Run:
     def save(self) -> None:
         note = {"step": str(self.step), "minutes": str(self.minutes), "log": json.dumps(self.log),
                 "scores": json.dumps(self.scores)}
-        with files.whole(self.path) as temporary:
+        with whole(self.path) as temporary:
             save_file(self.state(), temporary, note)
 
     @torch.no_grad()
@@ -357,7 +364,7 @@ def write_json(path: Path, values: dict) -> None:
 def write_network(folder: Path, name: str, net: nn.Module, config: dict, prefix: str = "") -> None:
     """Half-precision safetensors and a config, in the official layout."""
     write_json(folder / "config.json", config)
-    with files.whole(folder / name) as temporary:
+    with whole(folder / name) as temporary:
         save_file({prefix + k: v.half().contiguous().cpu() for k, v in net.state_dict().items()}, temporary,
                   {"format": "pt"})
 
@@ -398,7 +405,7 @@ def train_clip(args, recipe: Recipe, photos: Photos, image_only: bool = False) -
         tokenizer = copy_tokenizer(start / "tokenizer", out / "tokenizer")
     else:
         tokenizer = train_tokenizer(captions, out / "tokenizer")
-    vocab = len(files.read_json(out / "tokenizer/vocab.json"))
+    vocab = len(read_json(out / "tokenizer/vocab.json"))
     config = eval_clip.CLIPConfig(
         clip_text.CLIPTextConfig(vocab, WIDTH, 4 * WIDTH, 4, 4, TOKENS),
         eval_clip.CLIPVisionConfig(recipe.vision_width, 4 * recipe.vision_width, recipe.vision_layers,
@@ -677,7 +684,7 @@ def main() -> None:
                         help="stop after so long; the same command goes on")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     args = parser.parse_args()
-    args.device = command.pick_device(args.device)
+    args.device = pick_device(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[args.recipe]
     photos = Photos(args.data)
@@ -693,4 +700,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.command_line(main)
+    command_line(main)

@@ -2,12 +2,10 @@
 import importlib
 import os
 import re
+import runpy
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # Before anything imports the libraries: they read these once.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
@@ -33,13 +31,17 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def here():
     """Run a script's main in this process; returns nothing, or raises SystemExit with the exit status."""
-    import command                                                # ours: found by the path above
+    from plumbing.cli import command_line                         # imports torch: after os.environ
 
     def start(script, *args, cwd):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(cwd)
             patch.setattr(sys, "argv", [script, *map(str, args)])
-            command.command_line(importlib.import_module(script.removesuffix(".py")).main)
+            module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+            if hasattr(module, "main"):
+                command_line(module.main)
+            else:                                                 # a method: its last line is `run`
+                runpy.run_path(module.__file__, run_name="__main__")
     return start
 
 

@@ -16,15 +16,17 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
-import attack
-from attack import Target, descend, encode, insert, matching_loss, simplex, straight_through
 from clip_text import CLIPTextConfig, CLIPTextModel
-from concepts import ASSOCIATED, BOOK
 from eval_clip import judge
-from files import about_edit, cross_attention, put_weights, read_edit, read_json, write_edit
-from realera import Settings, Trajectories
+from experiments import attack, compare
+from experiments.attack import Target, descend, encode, insert, matching_loss, simplex, straight_through
+from plumbing import making
+from plumbing.disk import read_json
+from plumbing.edits import about_edit, cross_attention, read_edit, write_edit
+from plumbing.prompts import ASSOCIATED, BOOK, choices
+from plumbing.weights import put_weights
+from realera import Trajectories
 from sample import Model
-from scores import choices
 from unet import UNet, UNetConfig
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +66,8 @@ def clip():
 @pytest.fixture
 def small(monkeypatch):
     """Two pictures on whose way latents are looked at, in place of eight."""
-    monkeypatch.setattr(attack, "Settings", lambda: Settings(trajectories=2, batch=2))
+    monkeypatch.setattr(attack, "TRAJECTORIES", 2)
+    monkeypatch.setattr(attack, "BATCH", 2)
 
 
 def on(model, W, concept="airplane", budget=4, task="object"):
@@ -324,8 +327,8 @@ def work(here, tmp_path_factory):
     for out, concepts in (("one", ["airplane"]), ("two", ["Airplane", "ship"])):
         what = [part for name in concepts for part in ("--concept", name, "--anchor", "sky")]
         here("realera.py", *what, "--lora-steps", 0, "--no-pictures", "--out", out, cwd=folder)
-    done = subprocess.run([sys.executable, ROOT / "attack.py", "--edit", "one", *map(str, QUICK)], cwd=folder,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "experiments/attack.py", "--edit", "one", *map(str, QUICK)],
+                          cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     (folder / "printed").write_text(done.stdout)
     return folder
@@ -362,13 +365,13 @@ def test_interrupted_and_gone_on_from_is_the_same_and_nothing_is_done_twice(here
     with monkeypatch.context() as patch:
         patch.setitem(attack.ATTACKS, "vector", killed)
         with pytest.raises(SystemExit) as end:
-            here("attack.py", "--edit", "one", *QUICK, "--out", "again", cwd=work)
+            here("experiments/attack.py", "--edit", "one", *QUICK, "--out", "again", cwd=work)
     assert end.value.code == 130 and not (work / "again/attacks.json").exists()
     first = len(drawn)
     assert first == 1 + (10 + 1) + (2 + 1)                        # plain, phrases, embedding
     for name in ("phrases", "embedding"):
         monkeypatch.setitem(attack.ATTACKS, name, killed)         # they are not searched again
-    here("attack.py", "--edit", "one", *QUICK, "--out", "again", cwd=work)
+    here("experiments/attack.py", "--edit", "one", *QUICK, "--out", "again", cwd=work)
     assert table(work / "again") == table(work / "out/attack/one")
     assert (work / "again/grid.png").read_bytes() == (work / "out/attack/one/grid.png").read_bytes()
     tokens = table(work / "again")[5]["candidates"]
@@ -379,11 +382,11 @@ def test_another_budget_starts_anew_and_the_first_is_still_there(here, work, mon
     shutil.copytree(work / "out/attack/one", work / "mixed")
     first, = (work / "mixed").glob("found/*/prefix.safetensors")
     before, args = first.read_bytes(), ["--edit", "one", *QUICK, "--attack", "prefix", "--out", "mixed"]
-    here("attack.py", *args, "--budget", 4, cwd=work)
+    here("experiments/attack.py", *args, "--budget", 4, cwd=work)
     second, = set((work / "mixed").glob("found/*/prefix.safetensors")) - {first}
     assert first.read_bytes() == before != second.read_bytes()
     monkeypatch.setitem(attack.ATTACKS, "prefix", killed)
-    here("attack.py", *args, cwd=work)
+    here("experiments/attack.py", *args, cwd=work)
     assert table(work / "mixed") == [row for row in table(work / "out/attack/one")
                                      if row["attack"] in ("plain", "prefix")]
 
@@ -408,7 +411,7 @@ def test_each_edit_concept_seed_budget_and_precision_has_its_own_findings(model,
 
 
 def test_two_concepts_in_any_case_more_pictures_than_the_grid_shows_and_pictures_kept(here, work):
-    here("attack.py", "--edit", "two", *QUICK, "--n", 9, "--attack", "embedding", "embedding",
+    here("experiments/attack.py", "--edit", "two", *QUICK, "--n", 9, "--attack", "embedding", "embedding",
           "--keep-pictures", "--out", "kept", cwd=work)
     rows = table(work / "kept")
     assert [(row["concept"], row["attack"]) for row in rows] == [
@@ -420,7 +423,8 @@ def test_two_concepts_in_any_case_more_pictures_than_the_grid_shows_and_pictures
 
 
 def test_a_concept_typed_in_capitals_is_recognised(here, work):
-    here("attack.py", "--concept", "AIRPLANE", *QUICK, "--steps", 5, "--attack", "embedding", cwd=work)
+    here("experiments/attack.py", "--concept", "AIRPLANE", *QUICK, "--steps", 5, "--attack", "embedding",
+         cwd=work)
     assert [row["success"][0] for row in table(work / "out/attack/untouched-airplane")] == [100, 100]
 
 
@@ -440,23 +444,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(refused, work, tmp_path, args,
     for name, about in {"one": {}, "other": {"base_hash": ""}, "teapot": {"concepts": ["teapot"]}}.items():
         (tmp_path / name).mkdir()
         write_edit(tmp_path / name, read_edit(work / "one", MINI), about_edit(work / "one") | about)
-    refused("attack.py", *args, cwd=tmp_path, match=match)
+    refused("experiments/attack.py", *args, cwd=tmp_path, match=match)
 
 
 def test_an_unknown_attack_is_named(here, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        here("attack.py", "--concept", "airplane", "--attack", "magic", cwd=tmp_path)
+        here("experiments/attack.py", "--concept", "airplane", "--attack", "magic", cwd=tmp_path)
     assert end.value.code == 2 and "'magic'" in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
 # ---- methods × attacks ----
 
 def test_the_plot_puts_each_method_at_what_is_lost_and_what_comes_back():
-    sys.path.insert(0, str(ROOT / "mini"))
-    import measure_attacks
     rows = [{"method": "a", "Acc_s": [100, 90, 100], "prefix": [0, 0, 5], "tokens": [100, 90, 100]},
             {"method": "b", "Acc_s": [80, 70, 90], "prefix": [50, 40, 60], "tokens": [25, 10, 40]}]
-    drawing = ElementTree.fromstring(measure_attacks.plot(rows, ["prefix", "tokens"]))
+    drawing = ElementTree.fromstring(compare.plot(rows, ["prefix", "tokens"]))
     svg = "{http://www.w3.org/2000/svg}"
     circles = [(float(c.get("cx")), float(c.get("cy"))) for c in drawing.iter(f"{svg}circle")]
     assert circles == [(60.0, 30.0), (480.0, 200.0)]              # nothing lost, all back; 20 % lost, half
@@ -465,8 +467,6 @@ def test_the_plot_puts_each_method_at_what_is_lost_and_what_comes_back():
 
 
 def test_every_method_is_made_by_its_own_script_and_only_once(tmp_path, monkeypatch):
-    sys.path.insert(0, str(ROOT / "mini"))
-    import measure_attacks
     started = []
 
     def start(command, **_):
@@ -474,12 +474,12 @@ def test_every_method_is_made_by_its_own_script_and_only_once(tmp_path, monkeypa
         Path(command[command.index("--out") + 1]).mkdir(parents=True)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(measure_attacks.tables.subprocess, "run", start)
-    args = argparse.Namespace(out=tmp_path, base="hash", edit_seed=0, model="mini", device="cpu",
-                              dtype="float32")
-    folders = [measure_attacks.made_edit(method, "cat", args) for method in measure_attacks.METHODS]
-    assert len(set(folders)) == 4 and folders == [
-        measure_attacks.made_edit(method, "cat", args) for method in measure_attacks.METHODS]
+    monkeypatch.setattr(making.subprocess, "run", start)
+    recipes = [compare.recipe_of(method, "cat", "float32") for method in compare.METHODS]
+    folders = [one.folder(tmp_path, "hash") for one in recipes]
+    for _ in range(2):
+        making.make_edits(recipes, tmp_path, "hash", "mini", "cpu")
+    assert len(set(folders)) == 4 and all(folder.is_dir() for folder in folders)
     scripts = [Path(command[1]).name for command in started]
     assert scripts == ["realera.py", "realera.py", "rece.py", "rece.py"]
     both = started[-1]

@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,15 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import bench
-import command
-import files
 import realera
-from concepts import make_pairs
-from files import MINI, cross_attention, put_weights
+from erasing import make_pairs
+from experiments import bench
 from lora import add_lora, lora_layers, lora_off
+from plumbing import UserError
+from plumbing.cli import command_line
+from plumbing.edits import cross_attention
+from plumbing.models import MINI
+from plumbing.weights import NoInit, put_weights
 from sample import Model
 from unet import UNet
 
@@ -29,8 +32,8 @@ CPU = torch.device("cpu")
 
 
 def run(*args, cwd, **more):
-    return subprocess.run([sys.executable, ROOT / "bench.py", *map(str, args)], cwd=cwd, capture_output=True,
-                          text=True, **more)
+    return subprocess.run([sys.executable, ROOT / "experiments/bench.py", *map(str, args)], cwd=cwd,
+                          capture_output=True, text=True, **more)
 
 
 # ---- the command ----
@@ -64,7 +67,7 @@ def test_bad_input_is_one_line_and_writes_nothing(args, match, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench.py", *args])
     with pytest.raises(SystemExit) as end:
-        command.command_line(bench.main)
+        command_line(bench.main)
     assert end.value.code == 2 and match in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -108,7 +111,7 @@ def test_a_process_of_its_own_tells_its_seconds_and_what_it_adds_to_memory(tmp_p
 
 def test_a_process_that_fails_is_an_error(monkeypatch):
     monkeypatch.setattr(bench, "CHILD", "{code}")
-    with pytest.raises(files.UserError, match="ZeroDivisionError"):
+    with pytest.raises(UserError, match="ZeroDivisionError"):
         bench.Rows(Path(MINI), CPU, torch.float32, 1).child("1 / 0")()
 
 
@@ -212,11 +215,11 @@ def test_no_step_of_drawing_or_training_waits_for_the_gpu(model):
 
     there, s, W0 = Model(Path(MINI), "meta"), realera.Settings(lora_steps=2, batch=2), cross_attention(MINI)
     pairs = make_pairs(["airplane"], ["sky"], "object", model.text, s.rows, 0)
-    way = pairs[0], torch.zeros(32, 256), s
+    way = pairs[0].e_star, torch.zeros(32, 256), 0, s.trajectories
     there.defaults["steps"] = 3
     assert waits(there.draw, PROMPT, [1]) == 3                    # ids, noise; the picture
-    assert waits(realera.anchor_trajectories, there, *way) == 2   # rows, noise
-    ways = [realera.anchor_trajectories(there, *way)]
+    assert waits(realera.trajectories, there, *way) == 2          # rows, noise
+    ways = [realera.trajectories(there, *way)]
     add_lora(there.unet, 2)
     assert waits(realera.align_noise, there, pairs, ways, W0, s) == len(W0) + 4      # both losses, twice
 
@@ -269,7 +272,7 @@ def test_loading_draws_no_weights_and_does_not_import_the_compiler():
 
 
 def test_layers_still_draw_their_weights_elsewhere():
-    with files.NoInit():
+    with NoInit():
         pass
     torch.manual_seed(0)
     assert torch.nn.Embedding(50, 20).weight.std().item() == pytest.approx(1, abs=0.1)
@@ -306,7 +309,7 @@ def test_low_memory_erases_to_the_same_bytes(tmp_path, monkeypatch):
              "--device", "cpu", "--set", "trajectories=2", "batch=2"]
     for out, more in (("a", []), ("b", ["--low-memory"])):
         monkeypatch.setattr(sys, "argv", ["realera.py", *flags, "--out", out, *more])
-        realera.main()
+        runpy.run_path(str(ROOT / "realera.py"), run_name="__main__")
     a, b = (load_file(tmp_path / out / "erased.safetensors") for out in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
 

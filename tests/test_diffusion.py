@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusion import SAMPLERS, Scheduler, SchedulerConfig, guided
-from files import UserError
+from plumbing import UserError
 
 SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
           set_alpha_to_one=False)

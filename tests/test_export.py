@@ -11,13 +11,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import export
-import merge
+import erasing
 import realera
-from concepts import make_pairs, preserved_prompts
-from files import about_edit, cross_attention, put_weights, read_edit, write_edit
+from erasing import make_pairs
 from lora import lora_deltas
+from plumbing import formats
+from plumbing.edits import about_edit, cross_attention, read_edit, write_edit
+from plumbing.formats import export_pipeline, low_rank, write_lora
+from plumbing.prompts import preserved_prompts
+from plumbing.weights import put_weights
 from sample import Model, Text
+from tools.merge import how_made, joint_closed_form, merged, weights
 from unet import UNet
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +62,10 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
+def merged_weights(folders, model, text):
+    return merged(folders, model, text)[0]
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -72,8 +80,9 @@ def drawn_by_diffusers(pipe, noise):
 
 
 def test_diffusers_opens_the_exported_folder_and_draws_our_picture(here, edits, tmp_path):
-    here("export.py", "--edit", edits / "a", "--folder", "new/one", cwd=tmp_path)
-    ours = Model(MINI, edit=edits / "a")
+    here("tools/export.py", "--edit", edits / "a", "--folder", "new/one", cwd=tmp_path)
+    ours = Model(MINI)
+    ours.put(read_edit(edits / "a", MINI))
     prompt = (["a photo of the airplane"], [1], 5, 3.0)
     picture = ours.draw(*prompt)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "new/one")
@@ -107,7 +116,7 @@ def test_export_takes_no_twin_no_pickle_and_no_missing_part(edits, model, monkey
         if how == "copies":
             monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "another disk")))
         new = model.parent / how
-        export.export_pipeline(new, model, W, {})
+        export_pipeline(new, model, W, {})
         assert os.path.samefile(new / "vae/config.json", blob) == (how == "links")
         assert not (new / "vae/config.json").is_symlink()
         assert (new / "vae/config.json").read_bytes() == blob.read_bytes()
@@ -147,7 +156,7 @@ def test_low_rank_is_numpys_truncated_svd():
     W0 = {name: torch.randn(out, 12, generator=g) for name, out in (("k", 7), ("v", 20))}
     W = {name: matrix + torch.randn(matrix.shape, generator=g) for name, matrix in W0.items()}
     for rank in (1, 5, 12):
-        factors, error = export.low_rank(W0, W, rank)
+        factors, error = low_rank(W0, W, rank)
         missed = moved = 0
         for name in W0:
             U, S, Vh = np.linalg.svd((W[name].double() - W0[name].double()).numpy(), full_matrices=False)
@@ -165,19 +174,19 @@ def test_few_edited_rows_are_a_lora_of_that_rank_with_one_shared_A(text, rows, r
     pairs = make_pairs(["airplane"], ["sky"], "object", text, rows, 0)
     assert pairs[0].n == rank
     delta, _ = realera.erase_in_closed_form(pairs, text(preserved_prompts("object", pairs)), s)
-    factors, error = export.low_rank(W0, realera.edited(W0, delta), rank)
+    factors, error = low_rank(W0, realera.edited(W0, delta), rank)
     assert error < 1e-6
     if rank == 1:
         directions = torch.cat([A / A.norm() for _, A in factors.values()])
         assert (directions @ directions.T).abs().min() > 1 - 1e-5
     else:
-        assert export.low_rank(W0, realera.edited(W0, delta), 1)[1] > 0.01
+        assert low_rank(W0, realera.edited(W0, delta), 1)[1] > 0.01
 
 
 @pytest.mark.parametrize("ending", ["", "_kohya"])
 def test_diffusers_draws_the_edit_from_the_untouched_model_and_the_lora(edits, pipe, text, tmp_path, ending):
     W0, W = cross_attention(MINI), read_edit(edits / "a", MINI)
-    export.write_lora(tmp_path, W0, W, 160, {})                           # the longest of the shorter sides
+    write_lora(tmp_path, W0, W, 160, {})                           # the longest of the shorter sides
     unet = UNet.from_pretrained(MINI / "unet")
     c = text(["a photo of the airplane"])
     z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
@@ -199,28 +208,28 @@ def test_applied_removed_and_applied_in_another_order_gives_the_same_bytes(edits
     a, b = str(edits / "a"), str(edits / "b")
     unet, W0 = UNet.from_pretrained(MINI / "unet"), cross_attention(MINI)
     clean = {name: value.clone() for name, value in unet.state_dict().items()}
-    for order in ([a], [a, b], [b]):
-        put_weights(unet, merge.edited_weights(order, MINI, text))
+    for W in (read_edit(a, MINI), merged_weights([a, b], MINI, text), read_edit(b, MINI)):
+        put_weights(unet, W)
     backwards = {name: value.clone() for name, value in unet.state_dict().items()}
     put_weights(unet, W0)
     assert same(unet.state_dict(), clean) and not same(backwards, clean)
     put_weights(unet, read_edit(b, MINI))
     assert same(unet.state_dict(), backwards)
-    assert same(merge.edited_weights([a, b], MINI, text), merge.edited_weights([b, a], MINI, text))
+    assert same(merged_weights([a, b], MINI, text), merged_weights([b, a], MINI, text))
     full = {name: matrix.float() for name, matrix in W0.items()}          # no rounding to float16 to hide it
-    made = [merge.how_made(folder, text) for folder in (a, b)]
-    assert same(merge.weights(made, full, text), merge.weights(made[::-1], full, text))
+    made = [how_made(folder, text) for folder in (a, b)]
+    assert same(weights(made, full, text), weights(made[::-1], full, text))
 
 
 def test_merged_closed_forms_are_what_one_command_for_both_writes(edits, text):
-    merged = merge.edited_weights([str(edits / "b closed"), str(edits / "a closed")], MINI, text)
+    both = merged_weights([str(edits / "b closed"), str(edits / "a closed")], MINI, text)
     joint = load_file(edits / "joint/erased.safetensors")
-    assert same(merged, joint) and not same(merged, load_file(edits / "a closed/erased.safetensors"))
+    assert same(both, joint) and not same(both, load_file(edits / "a closed/erased.safetensors"))
 
 
 def test_merged_closed_form_is_the_sum_of_grams_with_preserved_rows_once(edits, text):
     """Σ(e* − e)eᵀ and Σeeᵀ + λ1 Σppᵀ of either edit, solved together, another way and in another order."""
-    made = [merge.how_made(str(edits / name), text) for name in ("b", "a")]
+    made = [how_made(str(edits / name), text) for name in ("b", "a")]
     s, right, B = made[0].settings, 0, 0
     for one in made:
         E, E_star, P = realera.mine(one.pairs[0], one.settings)
@@ -234,15 +243,15 @@ def test_merged_closed_form_is_the_sum_of_grams_with_preserved_rows_once(edits, 
         B = B + s.lambda1 * rows.double().T @ rows.double()
     B = B + s.lambda2 * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype)
     expected = right @ torch.linalg.inv(B)
-    delta = merge.joint_closed_form(made, lambda prompts: torch.stack([encoded[p] for p in prompts]))
+    delta = joint_closed_form(made, lambda prompts: torch.stack([encoded[p] for p in prompts]))
     assert (delta - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 def test_merging_adds_what_the_loras_learned(edits, text):
-    merged = merge.edited_weights([str(edits / "a"), str(edits / "b")], MINI, text)
-    made = [merge.how_made(str(edits / name), text) for name in ("a", "b")]
-    closed = realera.edited(cross_attention(MINI), merge.joint_closed_form(made, text))
-    for name, matrix in merged.items():
+    both = merged_weights([str(edits / "a"), str(edits / "b")], MINI, text)
+    made = [how_made(str(edits / name), text) for name in ("a", "b")]
+    closed = realera.edited(cross_attention(MINI), joint_closed_form(made, text))
+    for name, matrix in both.items():
         layer, expected = f"unet.{name.removesuffix('.weight')}", closed[name].double()
         for folder in ("a", "b"):
             lora = load_file(edits / folder / "residual_lora.safetensors")
@@ -252,14 +261,35 @@ def test_merging_adds_what_the_loras_learned(edits, text):
         assert (matrix.double() - expected).abs().max() <= 2 ** -11 * expected.abs().max()        # float16
 
 
-def test_sample_draws_with_merged_edits(here, edits, tmp_path):
+def test_the_order_of_merged_edits_is_moot_and_sample_draws_with_them(here, edits, tmp_path):
     a, b = edits / "a", edits / "b"
-    for name, order in (("ab", (a, b)), ("ba", (b, a)), ("a", (a,))):
-        flags = [flag for edit in order for flag in ("--edit", edit)]
-        here("sample.py", "a photo of the ship", *flags, "--n", 1, "--steps", 2, "--out", f"{name}.png",
-              cwd=tmp_path)
+    for name, order in (("ab", (a, b)), ("ba", (b, a))):
+        here("tools/merge.py", *order, "--out", name, cwd=tmp_path)
+    for name, edit in (("ab", "ab"), ("ba", "ba"), ("a", a)):
+        here("sample.py", "a photo of the ship", "--edit", edit, "--n", 1, "--steps", 2,
+             "--out", f"{name}.png", cwd=tmp_path)
+    ab, ba = ((tmp_path / name / "erased.safetensors").read_bytes() for name in ("ab", "ba"))
+    assert ab == ba
     pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("ab", "ba", "a")]
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_several_edits_name_the_program_that_merges_them(refused, edits, tmp_path):
+    two = ["--edit", edits / "a", "--edit", edits / "b"]
+    for command in (["sample.py", "a cat", *two], ["eval_clip.py", *two],
+                    ["tools/export.py", *two, "--lora", 1]):
+        refused(*command, cwd=tmp_path, match="tools/merge.py .*a .*b")
+
+
+def test_a_merged_edit_says_what_it_is_made_of(here, refused, edits, tmp_path):
+    here("tools/merge.py", edits / "b", edits / "a", cwd=tmp_path)
+    about = about_edit(tmp_path / "out/a+b")
+    assert about["concepts"] == ["airplane", "ship"] and about["anchors"] == ["sky", "street"]
+    assert about["merged"] == [about_edit(edits / name) for name in ("a", "b")]
+    assert json.loads((tmp_path / "out/a+b/run.json").read_text()) == about
+    refused("tools/merge.py", edits / "b", edits / "a", cwd=tmp_path, match="exists.*--overwrite")
+    refused("tools/merge.py", edits / "b", cwd=tmp_path, match="two edits or more")
+    refused("tools/merge.py", "out/a+b", edits / "joint", "--out", "c", cwd=tmp_path, match="made by merged")
 
 
 def test_eval_clip_has_a_row_for_every_concept_of_merged_edits(here, edits, text, tmp_path, monkeypatch,
@@ -273,9 +303,10 @@ def test_eval_clip_has_a_row_for_every_concept_of_merged_edits(here, edits, text
         return torch.full((len(prompts), 3, 32, 32), 0.5)
 
     monkeypatch.setattr(Model, "draw", draw)
-    here("eval_clip.py", "--edit", edits / "b", "--edit", edits / "a", "--n", 1, cwd=tmp_path)
-    merged = merge.edited_weights([str(edits / "a"), str(edits / "b")], MINI, text)
-    for W, found in zip((cross_attention(MINI), merged), used.values(), strict=True):
+    here("tools/merge.py", edits / "b", edits / "a", cwd=tmp_path)
+    here("eval_clip.py", "--edit", "out/a+b", "--n", 1, cwd=tmp_path)
+    both = merged_weights([str(edits / "a"), str(edits / "b")], MINI, text)
+    for W, found in zip((cross_attention(MINI), both), used.values(), strict=True):
         assert torch.equal(W[name].float(), found)
     rows = json.loads((tmp_path / "out/evaluation/a+b/metrics.json").read_text())
     assert {(row["erased"], row["variant"]) for row in rows} == {
@@ -286,10 +317,11 @@ def test_eval_clip_has_a_row_for_every_concept_of_merged_edits(here, edits, text
 def test_merged_edits_export_under_a_name_of_both(here, edits, text, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(edits / name, tmp_path / name)
-    here("export.py", "--edit", "b", "--edit", "a", "--lora", 4, "--folder", "sd", cwd=tmp_path)
+    here("tools/merge.py", "b", "a", "--out", "a+b", cwd=tmp_path)
+    here("tools/export.py", "--edit", "a+b", "--lora", 4, "--folder", "sd", cwd=tmp_path)
     assert sorted(path.name for path in (tmp_path / "a+b").iterdir()) == [
-        "lora_rank4.safetensors", "lora_rank4_kohya.safetensors"]
-    W = merge.edited_weights([str(edits / "a"), str(edits / "b")], MINI, text)
+        "erased.safetensors", "lora_rank4.safetensors", "lora_rank4_kohya.safetensors", "run.json"]
+    W = merged_weights([str(edits / "a"), str(edits / "b")], MINI, text)
     assert same(load_file(tmp_path / "sd" / UNET), load_file(MINI / UNET) | W)
 
 
@@ -297,7 +329,7 @@ def test_merged_edits_export_under_a_name_of_both(here, edits, text, tmp_path):
 
 def test_preview_sorts_prompts_by_what_eq_7_does_to_them_without_a_unet(here, tmp_path, text, monkeypatch,
                                                                         capsys):
-    for module, name in ((UNet, "from_pretrained"), (realera, "cross_attention"), (realera, "whole_folder")):
+    for module, name in ((UNet, "from_pretrained"), (erasing, "whole_folder")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("this needs no U-Net and no folder"))
     prompts = ["a photo of the ship", "a photo of the airplane", "", "jet", "a photo of the ship"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
@@ -340,7 +372,8 @@ def test_export_refuses_bad_input(refused, edits, tmp_path, args, match):
     (tmp_path / "there").mkdir()
     shutil.copytree(edits / "a", tmp_path / "a")
     (tmp_path / "a/lora_rank1_kohya.safetensors").write_text("precious")
-    refused("export.py", "--edit", "a", *args, cwd=tmp_path, match=match)
+    edit = [] if "--edit" in args else ["--edit", "a"]
+    refused("tools/export.py", *edit, *args, cwd=tmp_path, match=match)
     assert (tmp_path / "a/lora_rank1_kohya.safetensors").read_text() == "precious"
 
 
@@ -354,11 +387,11 @@ def test_edits_that_do_not_go_together_are_refused(refused, edits, tmp_path, cha
     change = {"settings": about["settings"] | {"M": 9}} if change == "M" else change
     shutil.copytree(edits / "b", tmp_path / "c")
     write_edit(tmp_path / "c", tensors, about | change)
-    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", "c", cwd=tmp_path, match=match)
+    refused("tools/merge.py", edits / "a", "c", "--out", "d", cwd=tmp_path, match=match)
 
 
 def test_the_same_edit_twice_is_refused(refused, edits, tmp_path):
-    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", edits / "a", cwd=tmp_path,
+    refused("tools/merge.py", edits / "a", edits / "a", cwd=tmp_path,
             match="both erase 'airplane'")
 
 
@@ -366,9 +399,9 @@ def test_an_edit_that_lost_its_lora_or_half_of_it_cannot_be_merged(refused, edit
     shutil.copytree(edits / "b", tmp_path / "c")
     path = tmp_path / "c/residual_lora.safetensors"
     save_file({name: tensor for name, tensor in load_file(path).items() if "lora_A" in name}, path)
-    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", "c", cwd=tmp_path, match="damaged")
+    refused("tools/merge.py", edits / "a", "c", "--out", "d", cwd=tmp_path, match="damaged")
     path.unlink()
-    refused("sample.py", "a cat", "--edit", edits / "a", "--edit", "c", cwd=tmp_path,
+    refused("tools/merge.py", edits / "a", "c", "--out", "d", cwd=tmp_path,
             match="residual_lora.*cannot be read")
 
 
@@ -378,10 +411,10 @@ def test_interruption_leaves_nothing(edits, tmp_path, monkeypatch, error):
         Path(path).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(export, "save_file", broken)
+    monkeypatch.setattr(formats, "save_file", broken)
     W0, W = cross_attention(MINI), read_edit(edits / "a", MINI)
     with pytest.raises(type(error)):
-        export.export_pipeline(tmp_path / "new/folder", MINI, W, {})
+        export_pipeline(tmp_path / "new/folder", MINI, W, {})
     with pytest.raises(type(error)):
-        export.write_lora(tmp_path, W0, W, 2, {})
+        write_lora(tmp_path, W0, W, 2, {})
     assert list(tmp_path.iterdir()) == []

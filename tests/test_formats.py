@@ -5,7 +5,6 @@ Each is a small random model with the real one's structure, written by diffusers
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import diffusers
@@ -18,13 +17,13 @@ from test_commands import AIRPLANE, MINI, QUICK
 from test_networks import UNETS, edit_json, theirs_text, theirs_unet, theirs_vae
 from test_tokenizer import reference, write_padding, write_vocabulary
 
-import files
-import hub
-import tables
 from clip_text import CLIPTextModel
-from concepts import make_pairs
-from files import UserError, base_hash, cross_attention, model_folder, read_edit, write_edit
-from sample import Model, Text, tokenizer_folder
+from erasing import make_pairs
+from experiments import tables
+from plumbing import UserError
+from plumbing.edits import base_hash, cross_attention, read_edit, write_edit
+from plumbing.models import SETTINGS, fingerprint, model_folder, snapshot, tokenizer_folder
+from sample import Model, Text
 from unet import UNet
 from vae import VAE
 
@@ -92,7 +91,9 @@ def test_erasing_from_sd_2_1_base(sd2, here, tmp_path, capsys):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(sd2)
     assert edit.keys() == W0.keys() and not any(torch.equal(edit[name], W0[name]) for name in W0)
     assert pipe.unet.load_state_dict(edit, strict=False).unexpected_keys == []
-    same_pictures(Model(sd2, edit=tmp_path / "edit"), pipe)
+    ours = Model(sd2)
+    ours.put(read_edit(tmp_path / "edit", sd2))
+    same_pictures(ours, pipe)
 
 
 def test_edited_rows_where_padding_is_no_end_of_text(sd2):
@@ -228,7 +229,7 @@ def test_every_script_takes_a_single_file(sd1, here, monkeypatch, tmp_path):
     csv = ["--prompts", "mine.csv", "--edit", "by-file", "--out", "evaluation"]
     here("eval_clip.py", *csv, *few, cwd=tmp_path)
     monkeypatch.setattr(tables, "TABLES", {3: {"1 closed form": tables.CLOSED}})
-    here("tables.py", "--table", 3, *few, "--out", "tables", cwd=tmp_path)
+    here("experiments/tables.py", "--table", 3, *few, "--out", "tables", cwd=tmp_path)
     assert (tmp_path / "evaluation/metrics.csv").exists() and (tmp_path / "tables/table3.csv").exists()
     assert sorted(file.parent.rglob("*")) == before
 
@@ -243,7 +244,7 @@ def test_an_edit_is_refused_for_another_single_file(sd1, tmp_path):
 
 def test_a_single_file_is_not_copied_in_memory(sd1, monkeypatch):
     read = {}
-    monkeypatch.setattr(files, "load_file", lambda path: read.update(load_file(path)) or read)
+    monkeypatch.setattr("plumbing.weights.load_file", lambda path: read.update(load_file(path)) or read)
     ours = {parameter.data_ptr() for parameter in UNet.from_pretrained(sd1[1] / "unet").parameters()}
     assert ours == {t.data_ptr() for key, t in read.items() if key.startswith("model.diffusion_model.")}
 
@@ -251,11 +252,11 @@ def test_a_single_file_is_not_copied_in_memory(sd1, monkeypatch):
 def test_different_single_files_have_different_results_folders(sd1, tmp_path):
     """Pictures that were counted are found again by a hash of the weights."""
     copy = Path(shutil.copytree(sd1[1].parent, tmp_path / "alone")) / "dream.safetensors"
-    assert files.fingerprint(sd1[1]) == files.fingerprint(copy)
+    assert fingerprint(sd1[1]) == fingerprint(copy)
     content = bytearray(copy.read_bytes())
     content[-1] ^= 1
     copy.write_bytes(content)
-    assert files.fingerprint(sd1[1]) != files.fingerprint(copy)
+    assert fingerprint(sd1[1]) != fingerprint(copy)
 
 
 @pytest.mark.parametrize("problem, change", [
@@ -359,7 +360,8 @@ class FakeHub:
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     def make(**repositories):
-        monkeypatch.setattr(hub, "snapshot_download", found := FakeHub(tmp_path / "cache", **repositories))
+        found = FakeHub(tmp_path / "cache", **repositories)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", found)
         return found
     return make
 
@@ -395,7 +397,7 @@ def test_half_precision_is_downloaded_where_there_is_nothing_else(fake):
 
 def test_without_network_the_cache_may_hold_half_precision(fake):
     there = fake(tuned=OFFICIAL)
-    hub.snapshot("someone/tuned", [*hub.SETTINGS, *HALF])         # as another program has left it
+    snapshot("someone/tuned", [*SETTINGS, *HALF])         # as another program has left it
     there.network = False
     assert model_folder("someone/tuned") == there.cache
 

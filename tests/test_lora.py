@@ -3,8 +3,8 @@ import diffusers
 import pytest
 import torch
 
-from files import UserError
 from lora import add_lora, load_lora, lora_layers, lora_off, merge_lora, save_lora
+from plumbing import UserError
 from unet import UNet
 
 SMALL = dict(block_out_channels=(16, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from metrics import as_csv, as_markdown, bootstrap, frechet, h_o, harmonic, summary, wilson
+from eval_clip import h_o, harmonic, summary
+from plumbing.stats import as_csv, as_markdown, bootstrap, frechet, wilson
 
 Z = 1.959964
 

@@ -16,11 +16,11 @@ from test_tokenizer import write_vocabulary
 from torch import nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import files
-from bench import full_size
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from eval_clip import CLIP, MEAN, STD
-from files import UserError
+from experiments.bench import full_size
+from plumbing import UserError
+from plumbing.weights import read_config
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -174,7 +174,7 @@ FULL = {
 def test_full_size_names_shapes_and_norms(part, tmp_path):
     ours_class, config_class, official, tensors, parameters, make_theirs = FULL[part]
     (tmp_path / "config.json").write_text(json.dumps(official))
-    config = files.read_config(tmp_path, config_class, {})
+    config = read_config(tmp_path, config_class, {})
     assert config == config_class()                                # our defaults are SD v1.4
     with torch.device("meta"):
         ours, theirs = ours_class(config), make_theirs()
@@ -199,7 +199,7 @@ def test_full_size_names_shapes_norms_and_heads_of_sd_2_1_base(part, tmp_path):
     ours_class, config_class = FULL[part][:2]
     (tmp_path / "config.json").write_text(json.dumps(official))
     with torch.device("meta"):
-        ours = ours_class(files.read_config(tmp_path, config_class, {}))
+        ours = ours_class(read_config(tmp_path, config_class, {}))
         theirs = (diffusers.UNet2DConditionModel.from_config(official) if part == "unet" else
                   transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(official)))
     assert shapes(ours) == shapes(theirs)
@@ -498,7 +498,7 @@ def test_clip_config_without_default_values(tmp_path):
 
 def test_loading_draws_nothing_and_copies_nothing(unet_folder, monkeypatch):
     read = {}
-    monkeypatch.setattr(files, "load_file", lambda path: read.update(load_file(path)) or read)
+    monkeypatch.setattr("plumbing.weights.load_file", lambda path: read.update(load_file(path)) or read)
     state = torch.get_rng_state()
     ours = UNet.from_pretrained(unet_folder)
     assert torch.equal(state, torch.get_rng_state())

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import realera
-from concepts import Pair
-from files import UserError
+from erasing import Pair, edited, make_pairs
 from lora import add_lora, lora_layers
-from realera import (Settings, Trajectories, align_noise, beyond_concepts, closed_form, edited,
-                     erase_in_closed_form, neighbor_concepts, noise_alignment_loss, original, radius_at,
-                     towards_noise)
+from plumbing import UserError
+from realera import (Settings, Trajectories, align_noise, beyond_concepts, closed_form, erase_in_closed_form,
+                     neighbor_concepts, noise_alignment_loss, original, radius_at, towards_noise)
+from sample import Text
 
 ROOT = Path(__file__).parent.parent
 S = Settings()
@@ -382,8 +382,6 @@ def test_settings_are_printed_in_the_readme_as_they_are():
 
 
 def test_pairs_shuffled_give_the_same_edit_through_make_pairs():
-    from concepts import make_pairs
-    from sample import Text
     text = Text(ROOT / "mini")
     names = [("airplane", "sky"), ("ship", "street"), ("frog", "ground")]
     edits = []

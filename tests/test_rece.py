@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 import rece
-from concepts import Pair
-from files import UserError, about_edit, cross_attention, read_edit, write_edit
-from rece import Settings, derive, erase, gram, iterate, regained
-from realera import edited
+from erasing import Pair, edited, gram
+from plumbing import UserError
+from plumbing.edits import about_edit, cross_attention, read_edit, write_edit
+from rece import Settings, derive, erase_rows, iterate, regained
 from sample import Model
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,7 @@ def test_three_rounds_equal_a_loop_over_layers(started, regularizer):
     W0, W1, e, e_star, stay = problem(started)
     s, W, T = Settings(regularizer=regularizer, lam=0.7, l1=0.4, erase=1.3, retain=0.2), W1, I
     if started:
-        T = I + erase(e[3:], e_star[3:], stay, 0.5, 0.8, 0.9)
+        T = I + erase_rows(e[3:], e_star[3:], stay, 0.5, 0.8, 0.9)
         W = naive_erase(W1, e[3:], e_star[3:], stay, 0.5, 0.8, 0.9)
         assert apart({name: W1[name] @ T for name in W1}, W) < 1e-8 < 0.1 < apart(W, W1)
     G, C, G0 = gram(W1, W1), gram(W1, W0), gram(W0, W0)
@@ -102,7 +103,7 @@ def test_three_rounds_equal_a_loop_over_layers(started, regularizer):
 @pytest.mark.parametrize("regularizer", ["zero", "target"])
 def test_what_is_derived_is_the_minimum(regularizer):
     W0, W1, e, e_star, stay = problem(False)
-    T = I + erase(e, e_star, stay, 0.5, 1.0, 1.0)
+    T = I + erase_rows(e, e_star, stay, 0.5, 1.0, 1.0)
     towards = e_star if regularizer == "target" else torch.zeros_like(e)
 
     def loss(x):
@@ -178,7 +179,8 @@ def test_pictures_of_a_round_are_drawn_from_each_concepts_rows_before_and_after(
     e = model.text(names).double()
     pairs = [Pair(name.split()[-1], "sky", row, row, 5, 5, 27, 0) for name, row in zip(names, e)]
     same = torch.eye(width, dtype=torch.float64)
-    said = rece.draw_rounds(tmp_path, model, W0, [(same, e.flatten(0, 1), 0.2 * same)], pairs, 2, 7)
+    job = types.SimpleNamespace(folder=tmp_path, model=model, pairs=pairs, seed=7)
+    said = rece.draw_rounds(job, W0, [(same, e.flatten(0, 1), 0.2 * same)], 2)
     assert [line.split(":")[0] for line in said] == ["round 1, ship", "round 1, cat"]
     assert [path.name for path in tmp_path.iterdir()] == ["round1.png"]
     left, right = sheet(tmp_path / "round1.png").split(2, 1)                  # two pictures before, two after
@@ -330,5 +332,5 @@ def test_sample_takes_the_edit_but_does_not_merge_it(here, refused, work, tmp_pa
     here(*draw, "--out", "one.png", cwd=tmp_path)
     here(*draw[:6], "--out", "none.png", cwd=tmp_path)
     assert (tmp_path / "one.png").read_bytes() != (tmp_path / "none.png").read_bytes()
-    refused(*draw, "--edit", work / "realera", "--out", "two.png", cwd=tmp_path,
+    refused("tools/merge.py", work / "out/airplane-rece", work / "realera", cwd=tmp_path,
             match="was made by RECE: only edits of realera.py")

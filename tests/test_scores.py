@@ -26,17 +26,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.run import get_args_parser
 
-import concepts
-import detectors
 import eval_clip
 import realera
-import scores
-import tables
-from concepts import BOOK, make_pairs, preserved_prompts, row_prompts
-from files import UserError, cross_attention, put_weights, read_edit, read_json
-from metrics import summary
+from erasing import make_pairs
+from eval_clip import outcomes, summary
+from experiments import tables
+from plumbing import UserError, detectors, making, results
+from plumbing.disk import link, read_json
+from plumbing.edits import cross_attention, read_edit
+from plumbing.own_prompts import read_prompts
+from plumbing.prompts import ASSOCIATED, BOOK, preserved_prompts, row_prompts
+from plumbing.results import Results, evaluate
+from plumbing.weights import put_weights
 from sample import Model, Text
-from scores import Results, evaluate, outcomes
 
 ROOT = Path(__file__).parent.parent
 MINI = ROOT / "mini"
@@ -131,11 +133,11 @@ def test_of_a_picture_that_is_there_twice_the_first_counts(tmp_path, monkeypatch
     first, second, third = vectors(3)
     Results(tmp_path, {}, 8).add(JOBS[:2], torch.stack([first, first]))
     Results(tmp_path, {}, 8).add(JOBS[:1], second[None])
-    monkeypatch.setattr(scores, "RANK", 1)
+    monkeypatch.setattr(results_module, "RANK", 1)
     Results(tmp_path, {}, 8).add(JOBS, torch.stack([third] * 3))
     found = Results(tmp_path, {}, 8).found
     assert all(torch.equal(found[job], v.half().float()) for job, v in zip(JOBS, (first, first, third)))
-    monkeypatch.setattr(scores, "RANK", 0)
+    monkeypatch.setattr(results_module, "RANK", 0)
     Results(tmp_path, {}, 8).settle()
     late = Results(tmp_path, {}, 8)
     late.add(JOBS[:1], third[None])
@@ -168,9 +170,9 @@ def test_other_settings_lie_in_another_folder(tmp_path):
 
 
 def test_settled_results_are_one_sorted_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(scores, "RANK", 1)
+    monkeypatch.setattr(results_module, "RANK", 1)
     Results(tmp_path, {}, 8).add(JOBS[1:], vectors(3)[1:])
-    monkeypatch.setattr(scores, "RANK", 0)
+    monkeypatch.setattr(results_module, "RANK", 0)
     results = Results(tmp_path, {}, 8)
     results.add(JOBS[:2], vectors(3)[:2])
     with open(results.mine, "ab") as file:
@@ -557,7 +559,7 @@ def test_a_csv_without_classes_gets_scores_only_and_may_repeat_a_prompt(here, tm
 
 def test_the_class_may_stand_in_a_column_named_concept(tmp_path):
     (tmp_path / "mine.csv").write_text("concept,prompt\ncat,a cat\n,a dog\n")
-    assert [row["class"] for row in concepts.read_prompts(tmp_path / "mine.csv", 0)] == ["cat", None]
+    assert [row["class"] for row in read_prompts(tmp_path / "mine.csv", 0)] == ["cat", None]
 
 
 # ---- tables.py ----
@@ -565,12 +567,12 @@ def test_the_class_may_stand_in_a_column_named_concept(tmp_path):
 def test_one_two_and_three_processes_write_the_same_bytes(tmp_path):
     args = ["--table", 3, "--n", 1, "--steps", 1, "--set", "lora_steps=0", "--batch", 8, "--device", "cpu",
             "--out"]
-    run("tables.py", *args, "1", cwd=tmp_path)
+    run("experiments/tables.py", *args, "1", cwd=tmp_path)
     for n in (2, 3):
         shutil.copytree(tmp_path / "1/edits", tmp_path / f"{n}/edits")
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", n, "--master-port", free_port(), "--"]
-        done = subprocess.run([sys.executable, *map(str, [*torchrun, ROOT / "tables.py", *args, n])],
-                              cwd=tmp_path, env=ENV, capture_output=True, text=True)
+        command = [sys.executable, *map(str, [*torchrun, ROOT / "experiments/tables.py", *args, n])]
+        done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(f"wrote {n}/") == 1
     files = sorted(p.relative_to(tmp_path / "1") for p in (tmp_path / "1").glob("results/*/results.jsonl"))
@@ -590,7 +592,9 @@ def test_one_two_and_three_processes_write_the_same_bytes(tmp_path):
 
 def test_torchrun_understands_the_command_lines_that_are_given_for_it():
     """Under Python 3.11 it takes tables.py's --n for short for a flag of its own, unless -- comes first."""
-    lines = [line.split("torchrun ")[1].split("#")[0] for path in (*ROOT.glob("*.py"), ROOT / "README.md")
+    paths = [ROOT / "README.md", *ROOT.glob("*.py"),
+             *(path for path in ROOT.glob("*/*.py") if path.parent.name != "tests")]
+    lines = [line.split("torchrun ")[1].split("#")[0] for path in paths
              for line in path.read_text().splitlines() if "torchrun --" in line]
     assert lines
     for line in lines:
@@ -604,20 +608,20 @@ def test_no_two_processes_make_the_same_edit_at_once(tmp_path, monkeypatch, worl
     made = []
 
     def note(command, **_):
-        made.append((tables.RANK, command[command.index("--out") + 1]))
+        made.append((making.RANK, command[command.index("--out") + 1]))
         return subprocess.CompletedProcess(command, 0, "", "")
 
     def stop():
         raise InterruptedError
-    monkeypatch.setattr(tables.subprocess, "run", note)
-    monkeypatch.setattr(tables, "barrier", stop)
-    monkeypatch.setattr(tables, "WORLD", world)
+    monkeypatch.setattr(making.subprocess, "run", note)
+    monkeypatch.setattr(making, "barrier", stop)
+    monkeypatch.setattr(making, "WORLD", world)
     args = argparse.Namespace(model=str(MINI), out=tmp_path, edit_seed=0, device="cpu", dtype="float32",
                               clip=None, seed=0, n=1)
     settings = [None, *[["lora_steps=0", *more] for more in tables.TABLES[3].values()]]
     rows = [("automobile", str(some), some) for some in settings]
     for rank in range(world):
-        monkeypatch.setattr(tables, "RANK", rank)
+        monkeypatch.setattr(making, "RANK", rank)
         with pytest.raises(InterruptedError):
             tables.measure(rows, args)
     by = {folder: {rank for rank, other in made if other == folder} for _, folder in made}
@@ -746,7 +750,7 @@ def test_bad_input_ends_a_process_with_status_2_and_one_line(tmp_path):
                                   ["--table", "1", "--figure", "5"]])
 def test_unknown_tables_are_named(here, tmp_path, capsys, args):
     with pytest.raises(SystemExit) as end:
-        here("tables.py", *args, cwd=tmp_path)
+        here("experiments/tables.py", *args, cwd=tmp_path)
     assert end.value.code == 2 and "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -808,14 +812,15 @@ def test_eval_clip_refuses_an_edit_of_another_model(refused, other, edit):
 
 
 def test_tables_misses_a_clip_before_it_erases(refused, other, monkeypatch):
-    monkeypatch.setattr(tables.subprocess, "run", lambda *args, **more: pytest.fail("it starts to erase"))
-    refused("tables.py", "--table", 3, "--model", other, cwd=other.parent / "work", match="no clip/.*--clip")
+    monkeypatch.setattr(making.subprocess, "run", lambda *args, **more: pytest.fail("it starts to erase"))
+    refused("experiments/tables.py", "--table", 3, "--model", other, cwd=other.parent / "work",
+            match="no clip/.*--clip")
 
 
 def test_nothing_to_compare_with_is_one_line():
     """An edit that erases all of what has built-in prompts."""
     for task in ("celebrity", "object"):
-        names = list(concepts.ASSOCIATED.get(task) or read_json(BOOK)["classes"])
+        names = list(ASSOCIATED.get(task) or read_json(BOOK)["classes"])
         with pytest.raises(UserError, match=f"no other {task} is left"):
             row_prompts(names[0], task, range(1), [name.title() for name in names])
         assert row_prompts(names[0], task, range(1), names[2:])["s"][0][0] == names[1]
@@ -823,8 +828,7 @@ def test_nothing_to_compare_with_is_one_line():
 
 def test_an_edit_trained_in_another_dtype_is_another_edit():
     def folder(dtype, *settings):
-        args = argparse.Namespace(out=Path(), base="", edit_seed=0, dtype=dtype)
-        return tables.edit_folder("cat", settings, args)
+        return tables.recipe_of("cat", settings, 0, dtype).folder(Path(), "")
     assert folder("float32") != folder("bfloat16") and folder("float32", "M=3") == folder("float32", "M=3")
     assert folder("float32", "lora_steps=0") == folder("bfloat16", "lora_steps=0")
 
@@ -834,7 +838,7 @@ def test_a_disk_without_hard_links_gets_copies(tmp_path, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
     monkeypatch.setattr(os, "link", refuse)
     (tmp_path / "a").write_text("picture")
-    scores.link(tmp_path / "a", tmp_path / "b")
+    link(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "picture"
 
 
@@ -847,5 +851,5 @@ def test_a_disk_without_hard_links_gets_copies(tmp_path, monkeypatch):
 def test_tables_refuses_bad_flags(refused, tmp_path, monkeypatch, args, match):
     def no_edit(*args, **kwargs):
         raise AssertionError("it starts to erase")
-    monkeypatch.setattr(tables.subprocess, "run", no_edit)
-    refused("tables.py", *args, cwd=tmp_path, match=match)
+    monkeypatch.setattr(making.subprocess, "run", no_edit)
+    refused("experiments/tables.py", *args, cwd=tmp_path, match=match)

@@ -1,6 +1,6 @@
 """Our tokenizer against transformers' CLIPTokenizer, id by id, on strings that are hard to split."""
 import gzip
-import importlib.util
+import importlib
 import json
 import re
 from collections import Counter
@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from clip_text import BOS, EOS, CLIPTokenizer
-from files import UserError
+from plumbing import UserError
 
 # ---- a small vocabulary in CLIP's form ----
 

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from eval_clip import CLIP
+from mini import train
 from sample import Model
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "mini"))
-import train  # noqa: E402
 
 
 @pytest.fixture(scope="module")

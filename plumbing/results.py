@@ -6,7 +6,9 @@ Lines lie in `<folder>/<key>/`, the key being a hash of the weights and of all s
 on: results of different settings cannot mix. Each process appends to a file of its own, a batch in one write.
 A killed run loses at most the batch in flight, and the same command goes on from there.
 
-    torchrun --nproc-per-node 8 -- tables.py --table 1 …     # the folder must be one that all processes share
+    torchrun --nproc-per-node 8 -- experiments/tables.py --table 1 …
+
+The folder must be one that all processes share.
 """
 import base64
 import datetime
@@ -21,13 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from concepts import ASSOCIATED, BOOK, TASKS, row_prompts
-from eval_clip import CLIP
-from files import UserError, base_hash, fingerprint, link, read_json, whole
-from pictures import write_png
+from plumbing import UserError
+from plumbing.disk import link, whole
+from plumbing.edits import base_hash
+from plumbing.models import fingerprint
+from plumbing.pictures import write_png
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # torchrun sets these
-Job = tuple[str, int]                                             # prompt and seed: one picture
+Picture = tuple[str, int]                                         # prompt and seed
 
 
 def barrier() -> None:
@@ -48,7 +51,7 @@ class Results:
         self.mine, self.all = self.folder / f"process{RANK}.jsonl", self.folder / "results.jsonl"
         with whole(self.folder / f"settings{RANK}.json") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
-        self.found: dict[Job, Tensor] = {}
+        self.found: dict[Picture, Tensor] = {}
         if bad := self.read():
             print(f"warning: {self.folder}: {bad} unreadable lines dropped, {len(self.found)} good ones kept",
                   file=sys.stderr)
@@ -72,12 +75,12 @@ class Results:
         return bad
 
     @staticmethod
-    def lines(jobs: list[Job], features: list[Tensor]) -> bytes:
+    def lines(jobs: list[Picture], features: list[Tensor]) -> bytes:
         return "".join(json.dumps({"prompt": prompt, "seed": seed, "feature": base64.b64encode(
             vector.numpy().astype(np.float16).tobytes()).decode()}) + "\n"
             for (prompt, seed), vector in zip(jobs, features)).encode()
 
-    def add(self, jobs: list[Job], features: Tensor) -> None:
+    def add(self, jobs: list[Picture], features: Tensor) -> None:
         with open(self.mine, "a+b") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             cut = file.read() not in (b"", b"\n")                 # a torn line stays alone
@@ -97,9 +100,9 @@ class Results:
         barrier()
 
 
-def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None = None,
+def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None = None,
              guidance: float | None = None, batch: int | None = None, keep: Path | None = None,
-             what: str = "pictures", rows: dict[str, Tensor] | None = None) -> dict[Job, Tensor]:
+             what: str = "pictures", rows: dict[str, Tensor] | None = None) -> dict[Picture, Tensor]:
     """Draw every job that no earlier run has, and return all features {(prompt, seed): [P]}.
 
     The work is cut into batches before it is dealt to the processes, so no picture depends on their number.
@@ -118,6 +121,8 @@ def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None
     settings = {"model": fingerprint(model.folder), "cross-attention": base_hash(weights),
                 "clip": base_hash({"": clip.visual_projection.weight.cpu()}), "steps": steps,
                 "guidance": guidance, "size": model.defaults["size"], "dtype": str(model.dtype)}
+    if others := {name: W.float().cpu() for name, W in model.worn.items() if name not in weights}:
+        settings["other weights"] = base_hash(others)             # of edits beyond keys and values
     if rows:
         settings["rows"] = base_hash(rows)
     results = Results(folder, settings, clip.config.projection_dim)
@@ -125,11 +130,11 @@ def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None
     batch, jobs = batch or max(1, 8192 // side ** 2), list(dict.fromkeys(jobs))
     blocks = [jobs[i:i + batch] for i in range(0, len(jobs), batch)]
 
-    def picture_file(job: Job) -> Path:
+    def picture_file(job: Picture) -> Path:
         prompt = hashlib.sha256(job[0].encode()).hexdigest()[:16]
         return results.folder / "pictures" / f"{prompt}-{job[1]}.png"
 
-    def done(job: Job) -> bool:
+    def done(job: Picture) -> bool:
         return job in results.found and (not keep or picture_file(job).exists())
 
     todo = [block for block in blocks[RANK::WORLD] if not all(map(done, block))]
@@ -155,38 +160,3 @@ def evaluate(model, clip: CLIP, jobs: list[Job], folder: Path, steps: int | None
         for job in jobs:
             link(picture_file(job), keep / picture_file(job).name)
     return {job: results.found[job] for job in jobs}
-
-
-def choices(task: str) -> tuple[list[str], list[str]]:
-    """What CLIP chooses among: names, and prompts: first theirs, then those of what serves as an anchor."""
-    template, anchor = TASKS[task]
-    names = [*(ASSOCIATED.get(task) or read_json(BOOK)["classes"])]
-    anchors = [anchor] if task in ASSOCIATED else [template.format(x) for x in read_json(BOOK)["scenes"]]
-    return names, [template.format(name) for name in names] + anchors
-
-
-@torch.no_grad()
-def outcomes(clip: CLIP, concept: str, found: dict[Job, Tensor], seeds: range,
-             task: str = "object", erased=()) -> dict[str, dict]:
-    """What CLIP says, by way of counting and group: {"top-1": {"e": [pictures], "s": …}, …}.
-
-    top-1 and probability choose among the ten classes and the scenes that serve as anchors: a choice without
-    "none of them" calls half of all plain sky an airplane. "ten-way" is the paper's choice among the classes.
-    Celebrities are chosen among the five and "a person"; the paper's own judge, GCD, is a --detector. Styles
-    are scored by the cosine with "an artwork by …", also where the prompt was another (the paper is silent).
-    """
-    names, prompts = choices(task)
-    text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()        # [names, P]
-    counted = {"CLIP score": {}} if task == "style" else {"top-1": {}, "probability": {}, "ten-way": {}}
-    for group, rows in row_prompts(concept, task, seeds, erased).items():
-        features = torch.stack([found[prompt, seed] for _, prompt, seed in rows])
-        wanted = torch.tensor([names.index(name) for name, _, _ in rows])
-        cosines = features @ text.T                                                  # [pictures, names]
-        logits = clip.logit_scale.exp().cpu() * cosines
-        if task == "style":
-            counted["CLIP score"][group] = cosines[torch.arange(len(wanted)), wanted]
-            continue
-        counted["top-1"][group] = (logits.argmax(1) == wanted).float()
-        counted["probability"][group] = logits.softmax(1)[torch.arange(len(wanted)), wanted]
-        counted["ten-way"][group] = (logits[:, :len(names)].argmax(1) == wanted).float()
-    return counted

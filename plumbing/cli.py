@@ -1,8 +1,7 @@
-"""What the `main`s of the scripts share: errors as one line, flags, devices, names, the clock, results."""
+"""What programs share: errors as one line, flags, devices, names, the clock."""
 import argparse
 import dataclasses
 import errno
-import json
 import os
 import re
 import sys
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from concepts import TASKS
-from files import MINI, UserError, base_hash, model_folder, refuse_existing, write_edit
-from pictures import write_png
+from plumbing import UserError
+from plumbing.disk import refuse_existing
+from plumbing.models import MINI
+from plumbing.prompts import TASKS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,16 +45,46 @@ def fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str = "") -> argparse.Namespace:
-    """The flags of every method that erases, its `own` (flag -> add_argument's keywords), and --set."""
-    settings = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(settings_class))
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=f"settings and their defaults: {settings}")
-    parser.add_argument("--concept", action="append", required=True, help="what to erase; may be repeated")
-    parser.add_argument("--anchor", action="append",
-                        help="what to draw instead, one each (default: by task; rece.py: nothing)")
-    parser.add_argument("--task", choices=TASKS, default="object", help="prompt templates and default anchor")
+def program(doc: str, **more) -> argparse.ArgumentParser:
+    """A parser whose --help begins with a file's docstring, as it stands there."""
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=as_it_stands, **more)
+
+
+def model_args(parser: argparse.ArgumentParser) -> None:
+    """The flags of what reads a model."""
     parser.add_argument("--model", default=MINI, help="folder, file or hub id (default: mini)")
+    parser.add_argument("--device", default="auto", help="auto (CUDA or CPU), cpu, cuda, mps")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32",
+                        help="of U-Net and VAE; text encoder and algebra keep theirs (default float32)")
+
+
+def only(edits: list[str]) -> str | None:
+    """The one --edit, or None. Raises UserError for several."""
+    if len(edits) > 1:
+        raise UserError(f"one --edit at a time; as one: python tools/merge.py {' '.join(map(str, edits))}")
+    return edits[0] if edits else None
+
+
+def lines_of(path: Path) -> list[str]:
+    """The prompts of --preview, a text file with one a line. Raises UserError if it has none."""
+    try:
+        prompts = list(dict.fromkeys(filter(None, map(str.strip, path.read_text("utf-8").splitlines()))))
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
+        raise UserError(f"--preview {path} is not there, or not a text file in UTF-8") from None
+    if not prompts:
+        raise UserError(f"--preview {path} holds no prompt")
+    return prompts
+
+
+def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str, anchor: str | None):
+    """Parse the flags of every method and its `own` (flag -> add_argument's keywords). Flags and settings."""
+    settings = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(settings_class))
+    parser = program(doc, epilog=f"settings and their defaults: {settings}")
+    parser.add_argument("--concept", action="append", required=True, help="what to erase; may be repeated")
+    parser.add_argument("--anchor", action="append", help="what to draw instead, one each (default: "
+                        + ("by task)" if anchor is None else "nothing)"))
+    parser.add_argument("--task", choices=TASKS, default="object", help="prompt templates and default anchor")
     parser.add_argument("--out", type=Path, help=f"edit folder to write (default: out/<concept>{suffix})")
     parser.add_argument("--overwrite", action="store_true", help="replace the edit folder if it exists")
     parser.add_argument("--export", type=Path, help="also write a whole pipeline folder for diffusers")
@@ -64,13 +94,10 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str = "
     parser.add_argument("--n", type=int, default=4, help="pictures per prompt, before and after (default 4)")
     parser.add_argument("--no-pictures", action="store_true", help="only write the edit")
     parser.add_argument("--seed", type=int, default=0, help="of mining, LoRA and pictures (default 0)")
-    parser.add_argument("--device", default="auto", help="auto (CUDA or CPU), cpu, cuda, mps")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32",
-                        help="of U-Net and VAE; text encoder and algebra keep theirs (default float32)")
+    model_args(parser)
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
                         help="change settings, each NAME=VALUE; they are listed below")
-    for flag, keywords in own.items():
-        parser.add_argument(flag, **keywords)
+    flags = [parser.add_argument(flag, **keywords).dest for flag, keywords in own.items()]
     args = parser.parse_args()
     if args.n < 1:
         raise UserError("--n must be at least 1; --no-pictures draws none")
@@ -78,24 +105,27 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str = "
     if args.export_lora is not None and args.export_lora < 1:
         raise UserError("--export-lora is a rank: at least 1")
     args.out = args.out or edit_name(args.concept, suffix)
-    if args.preview:
-        if args.export or args.export_lora:
-            raise UserError("--preview writes nothing: leave out --export and --export-lora")
-        return args
-    refuse_existing(args.out, overwrite=args.overwrite)           # say so now, not after minutes
-    if args.export:
-        refuse_existing(args.export, "choose another --export")
-        if not (model_folder(args.model) / "model_index.json").exists():
-            raise UserError("--export needs a model folder with a model_index.json, or a hub id")
-        out, export = args.out.resolve(), args.export.resolve()
-        if out.is_relative_to(export) or export.is_relative_to(out):
-            raise UserError(f"--export {args.export} and the edit folder {args.out} must lie apart")
-    return args
+    args.anchor = args.anchor or (None if anchor is None else [anchor] * len(args.concept))
+    if args.preview and (args.export or args.export_lora):
+        raise UserError("--preview writes nothing: leave out --export and --export-lora")
+    if not args.preview:                                          # say so now, not after minutes
+        refuse_existing(args.out, overwrite=args.overwrite)
+    named = {field.name for field in dataclasses.fields(settings_class)} & set(flags)
+    return args, parse_settings(settings_class, args.set, **{name: getattr(args, name) for name in named})
+
+
+def check_export(export: Path, out: Path, model: Path) -> None:
+    """Refuse an --export that cannot be made, or lies in the edit folder `out`, before minutes of work."""
+    refuse_existing(export, "choose another --export")
+    if not (model / "model_index.json").exists():
+        raise UserError("--export needs a model folder with a model_index.json, or a hub id")
+    if out.resolve().is_relative_to(export.resolve()) or export.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"--export {export} and the edit folder {out} must lie apart")
 
 
 def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the flags of every script that counts what CLIP sees, beside the parser's own."""
-    parser.add_argument("--model", default=MINI, help="folder, file or hub id (default: mini)")
+    model_args(parser)
     parser.add_argument("--clip", help="CLIP to judge by: folder or hub id (default: the model's own clip/)")
     parser.add_argument("--n", type=int, help="pictures per prompt (default 20; the paper: 200)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's; the paper: 50)")
@@ -105,8 +135,6 @@ def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--out", type=Path,
                         help="folder to write; what lies there is gone on from (default: one in out/)")
     parser.add_argument("--keep-pictures", action="store_true", help="keep every picture as a PNG, too")
-    parser.add_argument("--device", default="auto", help="auto (CUDA or CPU), cpu, cuda, mps")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of U-Net, VAE (default float32)")
     args = parser.parse_args()
     if args.n is None:
         args.n = 4 if args.quick else 20
@@ -123,41 +151,6 @@ def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def check_seed(seed: int) -> None:
     if not 0 <= seed < 2 ** 62:                                   # pictures count on from it, below 2 ** 63
         raise UserError(f"--seed must be at least 0 and below 2 to the 62nd, not {seed}")
-
-
-def say_numbers(pairs, numbers: dict[str, float]) -> None:
-    """Print cond(B), ‖ΔW‖/‖W‖ and the drifts of an edit, and warn before writing if they are absurd."""
-    for pair in pairs:
-        print(f"{pair.concept} → {pair.anchor or 'nothing'}: {pair.n} of {len(pair.e)} rows")
-    print("closed form: " + ", ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
-    condition, size, *drift = numbers.values()
-    if condition > 1e10 or size > 10 or max(drift) > 0.5:
-        print("warning: this moves far more than the concept; try a larger ridge", file=sys.stderr)
-
-
-def finish(folder: Path, model, W0: dict, W: dict, pairs, method: dict, report: dict, args, clock) -> None:
-    """Write the edit in the dtype of the model's file, draw before and after, note it all in run.json, and
-    export if asked."""
-    from export import export_pipeline, write_lora                # which imports this file
-    about = method | {"concepts": [p.concept for p in pairs], "anchors": [p.anchor for p in pairs],
-                      "task": args.task, "seed": args.seed, "model": args.model, "base_hash": base_hash(W0)}
-    if args.export_lora:
-        report = report | {"LoRA error": write_lora(folder, W0, W, args.export_lora, about)}
-        clock("LoRA file")
-    W = {name: matrix.to(W0[name].dtype) for name, matrix in W.items()}
-    write_edit(folder, W, about)
-    table = []
-    if not args.no_pictures:
-        from eval_clip import before_after
-        table, picture = before_after(model, W0, W, pairs, args.n, args.seed)
-        write_png(folder / "before_after.png", picture)
-        clock("pictures")
-    if args.export:
-        export_pipeline(args.export, model_folder(args.model), W, about)
-        clock("pipeline folder")
-    run = about | report | {"table": table, "seconds": clock.seconds}
-    (folder / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(clock)
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,16 +1,16 @@
 """What an adversary gets back: erasure, measured by what returns.
 
-    python attack.py --edit out/airplane                               # all five attacks
-    python attack.py --edit out/airplane --attack phrases embedding
-    python attack.py --concept airplane --n 8                          # sanity: the untouched model
+    python experiments/attack.py --edit out/airplane                   # all five attacks
+    python experiments/attack.py --edit out/airplane --attack phrases embedding
+    python experiments/attack.py --concept airplane --n 8              # sanity: the untouched model
 
 Each attack offers candidates. The strongest, chosen by --choose pictures from seeds of their own, is drawn
 with the same seeds as the plain prompt; success is that CLIP's first choice is the erased concept again.
 Found prompts and embeddings are kept in --out, and so is what CLIP sees: a killed run goes on from there.
 """
-import argparse
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +22,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import trange
 
-from command import DTYPES, Clock, command_line, measuring_args, pick_device
-from concepts import TASKS, Pair, row_prompts
-from eval_clip import judge, write_tables
-from files import (UserError, about_edit, base_hash, cross_attention, fingerprint, model_folder, put_weights,
-                   read_edit, whole)
-from metrics import as_markdown, wilson
-from pictures import grid, write_png
-from realera import Settings, Trajectories, anchor_trajectories
-from rece import derive, gram
-from scores import RANK, barrier, choices, evaluate
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
+from erasing import gram
+from eval_clip import judge
+from plumbing import UserError
+from plumbing.cli import DTYPES, Clock, command_line, measuring_args, pick_device, program
+from plumbing.disk import whole
+from plumbing.edits import about_edit, base_hash, concepts_of, cross_attention, read_edit
+from plumbing.models import fingerprint, model_folder
+from plumbing.pictures import write_sheet
+from plumbing.prompts import TASKS, choices, row_prompts
+from plumbing.results import RANK, barrier, evaluate
+from plumbing.stats import as_markdown, wilson, write_tables
+from plumbing.weights import put_weights
+from realera import Trajectories, trajectories
+from rece import derive
+from sample import Model
 
+TRAJECTORIES, BATCH = 8, 8      # pictures of the concept that the gradient attacks learn from, latents a step
 TEMPLATES = {"object": ["a photo of the {}", "a picture of the {}", "a photo of a {}", "{}"],
              "style": ["an artwork by {}", "a painting by {}", "in the style of {}", "{}"],
              "celebrity": ["a portrait of {}", "a picture of {}", "a photo of {}", "{}"]}
@@ -58,11 +65,10 @@ class Target:
     @cached_property
     def ways(self) -> Trajectories:
         """Latents and noise of the original model while it draws the concept."""
-        e, empty = self.model.text([self.prompt, ""]).cpu()
-        pair = Pair(self.concept, self.concept, e, e, 0, 0, 0, self.seed)
+        e, empty = self.model.text([self.prompt, ""]).cpu().double()
         put_weights(self.model.unet, self.W0)
         try:
-            return anchor_trajectories(self.model, pair, empty, Settings())
+            return trajectories(self.model, e, empty, self.seed, TRAJECTORIES)
         finally:
             put_weights(self.model.unet, self.W)
 
@@ -124,7 +130,7 @@ def matching_loss(target: Target, rows: Tensor, generator: torch.Generator) -> T
     UnlearnDiffAtk compares with the noise that was added to a picture; the original's prediction is that
     noise without its chance, and its own latents need no pictures.
     """
-    batch, model = Settings().batch, target.model
+    batch, model = BATCH, target.model
     z, t, noise = target.ways.pick(range(len(target.ways.z)), batch, generator)
     context = rows.to(model.dtype).expand(batch, -1, -1)
     return (model.unet(z.to(model.dtype), t, context).to(noise) - noise).square().mean()
@@ -259,9 +265,7 @@ def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[d
 
 
 def main() -> None:
-    from sample import Model
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__doc__)
     parser.add_argument("--edit", help="an edit folder of realera.py or rece.py")
     parser.add_argument("--concept", help="attack the untouched model instead, as a check")
     parser.add_argument("--attack", nargs="+", choices=["all", *ATTACKS], default=["all"],
@@ -274,19 +278,19 @@ def main() -> None:
     if args.budget < 1 or args.choose < 1:
         raise UserError("--budget and --choose must be at least 1")
     device, folder = pick_device(args.device), model_folder(args.model)
-    about = about_edit(args.edit) if args.edit else {"concepts": [args.concept]}
+    erased = concepts_of(about_edit(args.edit) if args.edit else {"concepts": [args.concept.lower()]})
     W0 = cross_attention(folder)
-    W = read_edit(args.edit, folder) if args.edit else W0
+    W = read_edit(args.edit, folder) if args.edit else {}
     names = list(ATTACKS) if "all" in args.attack else list(dict.fromkeys(args.attack))
-    task, concepts = about.get("task", "object"), [concept.lower() for concept in about["concepts"]]
-    out = args.out or Path("out/attack") / (Path(args.edit).name if args.edit else f"untouched-{concepts[0]}")
-    for concept in concepts:
+    name = Path(args.edit).name if args.edit else f"untouched-{args.concept.lower()}"
+    out = args.out or Path("out/attack") / name
+    for concept, task in erased:
         row_prompts(concept, task, range(1))                      # an unknown one is an error at once
     model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
-    put_weights(model.unet, W)
+    model.put(W)
     rows, pictures = [], []
-    for concept in concepts:
-        target = Target(model, W0, W, concept, task, args.seed, args.budget)
+    for concept, task in erased:
+        target = Target(model, W0, W0 | W, concept, task, args.seed, args.budget)
         rows += attack(target, clip, names, out, args)
     if RANK == 0:
         for row in rows:                                          # the strongest of each, for the eye
@@ -294,7 +298,7 @@ def main() -> None:
             pictures.append(model.draw(row.pop("rows").expand(shown, -1, -1),
                                        list(range(args.seed, args.seed + shown)), args.steps,
                                        batch=args.batch))
-        write_png(out / "grid.png", grid(torch.cat(pictures), shown, max(1, 96 // pictures[0].shape[-1])))
+        write_sheet(out / "grid.png", torch.cat(pictures).unflatten(0, (-1, shown)))
         write_tables(out, "attacks", rows)
         print(f"{as_markdown(rows)}\nwrote {out}/")
 

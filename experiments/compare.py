@@ -1,54 +1,41 @@
 """Methods × attacks: what attack.py gets back from four ways to erase a class, and what each way costs.
 
-    python mini/measure_attacks.py --n 8 --steps 12 --attack phrases embedding vector
-    python mini/measure_attacks.py --n 8 --steps 12 --budget 50 --concept airplane cat ship
+    python experiments/compare.py --n 8 --steps 12 --attack phrases embedding vector
+    python experiments/compare.py --n 8 --steps 12 --budget 50 --concept airplane cat ship
 
 Writes robustness.json, .csv, .md (averages over the classes, with 95 % intervals) and robustness.svg: what
 the strongest attack gets back against what else is lost. Edits and features are shared with `tables.py --out`
 of the same folder; a killed run goes on.
 """
-import argparse
-import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
+from eval_clip import judge, outcomes, summary
+from experiments.attack import ATTACKS, Target, attack
+from plumbing import UserError
+from plumbing.cli import DTYPES, command_line, measuring_args, pick_device, program
+from plumbing.disk import read_json, whole
+from plumbing.edits import base_hash, cross_attention, read_edit
+from plumbing.making import Recipe, make_edits, recipe
+from plumbing.models import model_folder
+from plumbing.prompts import BOOK, row_prompts
+from plumbing.results import WORLD, evaluate
+from plumbing.stats import as_markdown, wilson, write_tables
+from sample import Model
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import tables  # noqa: E402
-from attack import ATTACKS, Target, attack  # noqa: E402
-from command import DTYPES, command_line, measuring_args, pick_device  # noqa: E402
-from concepts import BOOK, row_prompts  # noqa: E402
-from eval_clip import judge, write_tables  # noqa: E402
-from files import (UserError, base_hash, cross_attention, model_folder, put_weights, read_edit,  # noqa: E402
-                   read_json, whole)
-from metrics import as_markdown, summary, wilson  # noqa: E402
-from sample import Model  # noqa: E402
-from scores import WORLD, evaluate, outcomes  # noqa: E402
-
-METHODS = {"closed form": [*tables.CLOSED, "lambda1=0.1"], "RealEra": [],
-           # The authors' values for easy objects, but realera.py's real prompts must stay: without them RECE
-           # erases most of what else `mini` knows, and nothing would be learned from the comparison.
-           "RECE": None, "RealEra + RECE": None}
-RECE = ["--rounds", "1", "--set", "real_prompts=true"]
+CLOSED = ["M=0", "N=0", "lora_steps=0", "lambda1=0.1"]
+# RECE: the authors' values for easy objects, but realera.py's real prompts must stay: without them RECE
+# erases most of what else `mini` knows, and nothing would be learned from the comparison.
+RECE = ["rounds=1", "real_prompts=true"]
+METHODS = {"closed form": ("realera.py", CLOSED), "RealEra": ("realera.py", []), "RECE": ("rece.py", RECE),
+           "RealEra + RECE": ("rece.py", RECE)}                   # A + B: B goes on from A's edit
 
 
-def made_edit(method: str, concept: str, args) -> Path:
-    """The edit folder of `method`, made if it is not there."""
-    if METHODS[method] is not None:
-        tables.make_edits([(concept, method, METHODS[method])], args)
-        return tables.edit_folder(concept, METHODS[method], args)
-    folder = args.out / "edits" / f"{concept}-{method.lower().replace(' + ', '-')}"
-    if not folder.exists():
-        start = ["--edit", made_edit("RealEra", concept, args)] if "RealEra" in method else []
-        command = [sys.executable, ROOT / "rece.py", "--concept", concept, "--anchor",
-                   tables.anchor_of(concept), "--model", args.model, "--out", folder, "--no-pictures",
-                   "--device", args.device, *start, *RECE]
-        done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8")
-        if done.returncode:
-            raise UserError(f"{method} of {concept} failed: {done.stderr.strip().splitlines()[-1]}")
-    return folder
+def recipe_of(method: str, concept: str, dtype: str) -> Recipe:
+    first = recipe_of(method.split(" + ")[0], concept, dtype) if " + " in method else None
+    file, settings = METHODS[method]
+    return recipe(file, concept, settings, 0, dtype if method == "RealEra" else "float32", first)
 
 
 def plot(rows: list[dict], names: list[str]) -> str:
@@ -77,27 +64,27 @@ def plot(rows: list[dict], names: list[str]) -> str:
 
 def main() -> None:
     classes = list(read_json(BOOK)["classes"])
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__doc__)
     parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS),
                         help="default: all, the gradient attacks among them")
     parser.add_argument("--concept", nargs="+", choices=classes, default=classes, help="default: all ten")
     parser.add_argument("--budget", type=int, default=100, help="steps of prefix and tokens (default 100)")
     parser.add_argument("--choose", type=int, default=4, help="pictures to choose a candidate by (default 4)")
     args = measuring_args(parser)
-    args.out, args.edit_seed = args.out or Path("out/tables"), 0
+    args.out = args.out or Path("out/tables")
     if WORLD > 1:
-        raise UserError("this makes its edits in one process: start it without torchrun")
+        raise UserError("this attacks in one process: start it without torchrun")
     folder, device = model_folder(args.model), pick_device(args.device)
     W0 = cross_attention(folder)
-    args.base, seeds = base_hash(W0), range(args.seed, args.seed + args.n)
+    base, seeds = base_hash(W0), range(args.seed, args.seed + args.n)
     model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
-    rows = []
+    rows, recipes = [], {(m, c): recipe_of(m, c, args.dtype) for m in METHODS for c in args.concept}
+    make_edits(list(recipes.values()), args.out, base, args.model, args.device)
     for method in METHODS:
         counted, returned = [], {name: [] for name in ("plain", *args.attack)}
         for concept in args.concept:
-            W = read_edit(made_edit(method, concept, args), folder)
-            put_weights(model.unet, W)
+            W = read_edit(recipes[method, concept].folder(args.out, base), folder)
+            model.put(W)
             jobs = [job[1:] for group in row_prompts(concept, "object", seeds).values() for job in group]
             found = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch,
                              what=f"{method}, {concept}")

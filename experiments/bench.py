@@ -1,14 +1,13 @@
 """How fast: ours beside diffusers and transformers in one run, and beside what the hardware allows.
 
-    python bench.py --only unet-1 closed-form                    # mini/
-    python bench.py --size full --device cuda --dtype bfloat16   # SD v1.4's size, random weights
+    python experiments/bench.py --only unet-1 closed-form                    # mini/
+    python experiments/bench.py --size full --device cuda --dtype bfloat16   # SD v1.4's size, random weights
 
 Times are medians (min–max) of --runs after a warm-up. Ours and theirs take turns, so a busy machine slows
 both, and the ratio is each pair's. The floor is the FLOP of our matrix products, convolutions and attention
 over the rate of a large matrix product, first and last row. GiB is what a call adds to memory at its peak: by
 CUDA's allocator or, on a CPU, where a row is a process of its own. out/bench/full, 4.3 GB, is made once.
 """
-import argparse
 import contextlib
 import json
 import os
@@ -27,24 +26,22 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 import realera
 from clip_text import CLIPTextConfig, CLIPTextModel
-from command import DTYPES, command_line, pick_device
-from concepts import make_pairs
-from eval_clip import write_tables
-from files import MINI, UserError, cross_attention, whole_folder
+from erasing import make_pairs
 from lora import add_lora
-from metrics import as_markdown
+from plumbing import UserError
+from plumbing.cli import DTYPES, command_line, pick_device, program
+from plumbing.disk import whole_folder
+from plumbing.edits import cross_attention
+from plumbing.models import MINI
+from plumbing.stats import as_markdown, write_tables
 from sample import Model, Text
 from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig
+from vae import VAEConfig
 
-try:
-    import diffusers
-    import transformers
-except ImportError:                                               # `main` says what to do
-    diffusers = None
-
+ROOT = Path(__file__).resolve().parents[1]
 for direction in ("", "_backward"):                               # torch counts attention on GPUs only
     flop_registry[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{direction}")] = \
         flop_registry[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{direction}")]
@@ -52,6 +49,8 @@ for direction in ("", "_backward"):                               # torch counts
 
 def full_size(part: str):
     """SD v1.4's `unet`, `vae` or `text_encoder` as diffusers or transformers make it: float32, random."""
+    import diffusers                                              # slow, as all imports of theirs here
+    import transformers
     torch.manual_seed(0)
     if part == "unet":
         return diffusers.UNet2DConditionModel(**asdict(UNetConfig()))
@@ -63,6 +62,7 @@ def full_size(part: str):
 
 def make_full_size(folder: Path) -> None:
     """Write a model folder of SD v1.4's size; tokenizer and scheduler are mini's, with 77 tokens."""
+    import diffusers
     parts = {part: full_size(part) for part in ("text_encoder", "unet", "vae")}
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(MINI, **parts)
     pipe.tokenizer.model_max_length = 77
@@ -105,7 +105,9 @@ def compare(title: str, ours: Callable, theirs: Callable | None, runs: int, devi
 
 
 CHILD = """
-from bench import *
+from experiments.bench import *
+from vae import VAE
+import diffusers, transformers
 folder, device, dtype = Path({folder!r}), pick_device({device!r}), {dtype}
 def held():                                     # on Linux; getrusage would count the parent process, too
     lines = open("/proc/self/status").readlines() if Path("/proc/self/status").exists() else []
@@ -153,6 +155,7 @@ class Rows:
 
     @cached_property
     def pipe(self):
+        import diffusers
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype)
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
@@ -186,7 +189,7 @@ class Rows:
         """A function: seconds and added GiB of `code` in a new Python that has imported both sides."""
         code = CHILD.format(code=code, folder=str(self.folder.resolve()), device=str(self.device),
                             dtype=self.dtype)
-        path = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent)}
+        path = os.environ | {"PYTHONPATH": str(ROOT)}
 
         def run() -> tuple[float, float | None]:
             with tempfile.TemporaryDirectory() as empty:
@@ -219,7 +222,8 @@ class Rows:
 
     def lora_step(self):
         """An even step: the teacher's prediction, two of the student's, gradients, Adam."""
-        import peft                                               # only needed here, and slow to import
+        import diffusers
+        import peft
         s, folder = realera.Settings(), self.folder / "unet"
         W0 = {name: W.to(self.device, self.dtype) for name, W in cross_attention(self.folder).items()}
         unet = UNet.from_pretrained(folder, self.dtype, self.device)
@@ -260,7 +264,8 @@ LOAD_THEIRS = """networks = [kind.from_pretrained(folder / part, dtype=dtype).to
 READ = "; [parameter.sum() for network in networks for parameter in network.parameters()]"
 ERASE = """sys.argv = ["", "--concept", "airplane", "--anchor", "sky", "--no-pictures",
         "--model", str(folder), "--device", str(device), "--dtype", str(dtype)[6:],
-        *["--lora-steps", "0"] * (device.type == "cpu")]; realera.main()"""
+        *["--lora-steps", "0"] * (device.type == "cpu")]
+    import runpy; runpy.run_path(str(ROOT / "realera.py"), {}, "__main__")"""
 
 ROWS = {
     "unet-1": ("UNet, batch 1", Rows.unet, 1), "unet-2": ("UNet, batch 2", Rows.unet, 2),
@@ -276,8 +281,7 @@ MINUTES = ("unet-8", "picture", "lora-step")                      # a call at fu
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__doc__)
     parser.add_argument("--size", choices=("mini", "full"), default="mini", help="which model (default mini)")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME",
                         help=f"of {', '.join(ROWS)} (default: all, but at full size on a CPU not "
@@ -288,6 +292,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of both sides (default float32)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Nets of both sides")
     args = parser.parse_args()
+    try:
+        import diffusers
+        import transformers
+    except ImportError:
+        diffusers = None
     if diffusers is None or not find_spec("peft"):
         raise UserError("diffusers, transformers or peft is missing: pip install -r requirements-test.txt")
     if min(args.runs, args.steps) < 1:

@@ -8,10 +8,9 @@ the GIPHY Celebrity Detector belongs, the paper's judge of celebrities: it needs
 own, so let the function start it on the folder, in an environment of its own, and count what it writes.
 """
 import importlib
-import importlib.metadata
 from pathlib import Path
 
-from files import UserError
+from plumbing import UserError
 
 # The paper's Table 2, and what NudeNet calls it.
 NUDE = {"Armpits": "ARMPITS_EXPOSED", "Belly": "BELLY_EXPOSED", "Buttocks": "BUTTOCKS_EXPOSED",

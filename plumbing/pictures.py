@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from files import whole
+from plumbing.disk import whole
 
 
 def write_png(path: str | Path, picture) -> None:
@@ -20,6 +20,12 @@ def write_png(path: str | Path, picture) -> None:
     with whole(path) as temporary:
         temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
                               + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def write_sheet(path: str | Path, *columns: Tensor) -> None:
+    """Pictures side by side as one PNG: each block [rows, n, 3, H, W] in [0, 1], small ones enlarged."""
+    sheet = torch.cat(columns, dim=1)
+    write_png(path, grid(sheet.flatten(0, 1), sheet.shape[1], max(1, 96 // sheet.shape[-1])))
 
 
 def grid(pictures: Tensor, columns: int, zoom: int = 1):

@@ -1,34 +1,33 @@
 """The paper's tables and figures, each one command.
 
-    python tables.py --table 1 --quick                   # ten classes: untouched, closed forms, RealEra
-    python tables.py --table 3                           # automobile, variants 1 to 4
-    python tables.py --figure 5 --quick                  # Acc_s − Acc_e over D × S and over M × N
-    python tables.py --sweep                             # what each setting does to the text, no pictures
-    torchrun --nproc-per-node 8 -- tables.py --table 1 --n 200 --steps 50 --model … --clip … --dtype bfloat16
+    python experiments/tables.py --table 1 --quick       # ten classes: untouched, closed forms, RealEra
+    python experiments/tables.py --table 3               # automobile, variants 1 to 4
+    python experiments/tables.py --figure 5 --quick      # Acc_s − Acc_e over D × S and over M × N
+    python experiments/tables.py --sweep                 # what each setting does to the text, no pictures
+    torchrun --nproc-per-node 8 -- experiments/tables.py --table 1 --n 200 --steps 50 --model … --clip …
 
 Every edit is made by realera.py and kept in --out, and so is every picture's CLIP feature: a killed run goes
 on, and a second table draws only what the first one had not. --set reaches every edit.
 """
-import argparse
-import dataclasses
-import hashlib
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from command import DTYPES, command_line, measuring_args, parse_settings, pick_device
-from concepts import BOOK, drifts, make_pairs, preserved_prompts, row_prompts
-from eval_clip import judge, write_tables
-from files import UserError, base_hash, cross_attention, model_folder, put_weights, read_edit, read_json
-from metrics import as_markdown, summary
-from pictures import write_png
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
+from erasing import drifts, make_pairs
+from eval_clip import judge, outcomes, summary
+from plumbing.cli import DTYPES, command_line, measuring_args, parse_settings, pick_device, program
+from plumbing.disk import read_json
+from plumbing.edits import base_hash, cross_attention, read_edit
+from plumbing.making import Recipe, make_edits, recipe
+from plumbing.models import model_folder
+from plumbing.pictures import write_png
+from plumbing.prompts import BOOK, preserved_prompts, row_prompts
+from plumbing.results import RANK, evaluate
+from plumbing.stats import as_markdown, write_tables
 from realera import Settings, erase_in_closed_form
 from sample import Model, Text
-from scores import RANK, WORLD, barrier, evaluate, outcomes
 
 CLOSED = ["M=0", "N=0", "lora_steps=0"]
 # Table 1's closed forms have the paper's lambda1, which is better for them; "reach 2" is a rival to mining.
@@ -47,50 +46,26 @@ FIGURE = {"D-S": ("D1", [0.8, 0.9, 1.0, 1.1], "S2", [0.1, 0.3, 0.5, 0.65]),
           "M-N": ("M", [1, 5, 20, 100, 200], "N", [0, 3, 10, 30, 100])}
 
 
-def edit_folder(concept: str, settings: list[str], args) -> Path:
-    """Where the edit of `concept` with `--set settings` lies: named by a hash of all that it depends on."""
-    chosen = dataclasses.asdict(parse_settings(Settings, settings))
-    dtype = args.dtype if chosen["lora_steps"] else ""            # the closed form is the same in all
-    about = json.dumps([chosen, anchor_of(concept), args.base, args.edit_seed, dtype], sort_keys=True)
-    return args.out / "edits" / f"{concept}-{hashlib.sha256(about.encode()).hexdigest()[:10]}"
-
-
-def anchor_of(concept: str) -> str:
-    return read_json(BOOK)["classes"][concept]["anchor"]
-
-
-def make_edits(rows: list[tuple[str, str, list[str] | None]], args) -> None:
-    """Let realera.py make every edit that is not there yet, dealt to the processes."""
-    wanted = {edit_folder(concept, settings, args): (concept, settings)
-              for concept, _, settings in rows if settings is not None}              # equal ones once
-    in_turn = sorted(wanted, key=lambda folder: wanted[folder][::-1])                # deals slow ones evenly
-    todo = [folder for folder in in_turn[RANK::WORLD] if not folder.exists()]
-    for folder in tqdm(todo, desc="edits", unit="edit", disable=None if RANK == 0 else True):
-        concept, settings = wanted[folder]
-        command = [sys.executable, Path(__file__).with_name("realera.py"), "--concept", concept,
-                   "--anchor", anchor_of(concept), "--model", args.model, "--out", folder,
-                   "--seed", args.edit_seed, "--device", args.device, "--dtype", args.dtype, "--no-pictures",
-                   *(["--set", *settings] if settings else [])]
-        done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8")
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise UserError(f"erasing {concept} failed: {said.removeprefix('error: ')}")
-    barrier()
+def recipe_of(concept: str, settings: list[str], seed: int, dtype: str) -> Recipe:
+    """The recipe of an edit with `--set settings`; wrong ones are an error at once."""
+    trained = parse_settings(Settings, settings).lora_steps > 0
+    return recipe("realera.py", concept, settings, seed, dtype if trained else "float32")
 
 
 def measure(rows: list[tuple[str, str, list[str] | None]], args) -> list[tuple[dict, dict]]:
     """Draw and count rows (concept, variant, settings or None for the untouched model). Per row: {concept,
     variant, drift}, and the outcomes {how: {group: [pictures]}}."""
     folder = model_folder(args.model)
-    W0 = cross_attention(folder)
-    args.base = base_hash(W0)
+    base = base_hash(cross_attention(folder))
     device, seeds, found = pick_device(args.device), range(args.seed, args.seed + args.n), []
     clip = judge(args.clip, folder, device)                       # that it is there is known before the edits
-    make_edits(rows, args)
+    recipes = [None if settings is None else recipe_of(concept, settings, args.edit_seed, args.dtype)
+               for concept, _, settings in rows]
+    make_edits([one for one in recipes if one], args.out, base, args.model, args.device)
     model = Model(folder, device, DTYPES[args.dtype])
-    for i, (concept, variant, settings) in enumerate(rows):
-        edit = None if settings is None else edit_folder(concept, settings, args)
-        put_weights(model.unet, read_edit(edit, folder) if edit else W0)
+    for i, ((concept, variant, _), one) in enumerate(zip(rows, recipes)):
+        edit = one and one.folder(args.out, base)
+        model.put(read_edit(edit, folder) if edit else {})
         jobs = [job[1:] for group in row_prompts(concept, "object", seeds).values() for job in group]
         place = args.out / "pictures" / (edit.name if edit else "untouched")
         features = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch,
@@ -208,8 +183,7 @@ def heat_map(values: torch.Tensor, x: str, xs: list, y: str, ys: list):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--table", type=int, choices=TABLES, help="1: ten classes; 3: the ablation")
     what.add_argument("--figure", type=int, choices=[5], help="5: two sweeps, as CSV and heat maps")

@@ -1,12 +1,4 @@
-"""An edit for everybody's tools: a whole pipeline folder, and LoRA files that erase on the untouched model.
-
-    python export.py --edit out/airplane --folder out/sd-without-airplane
-    python export.py --edit out/airplane --lora 16
-    python export.py --edit out/airplane --edit out/ship --lora 32 --folder out/sd-without-both      # merged
-
-`realera.py … --export DIR --export-lora RANK` does the same while it erases.
-"""
-import argparse
+"""An edit in other people's formats: a pipeline folder for diffusers, and LoRA files."""
 import json
 from pathlib import Path
 
@@ -14,13 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from command import command_line
-from files import (MINI, UserError, about_edit, cross_attention, find_weights, link, model_folder, read_json,
-                   readable, refuse_existing, whole, whole_folder)
-from merge import edited_weights
+from plumbing import UserError
+from plumbing.disk import link, read_json, readable, refuse_existing, whole, whole_folder
+from plumbing.weights import find_weights
 
-
-# ---------------------------------------------------------------------------------- a pipeline folder
 
 def part_files(folder: Path) -> dict[str, Path]:
     """What diffusers reads of one part of a pipeline, {name to give it: file}; nothing if a network has no
@@ -65,8 +54,6 @@ def export_pipeline(target: Path, model: Path, W: dict[str, Tensor], about: dict
     print(f"wrote {target}/ for diffusers")
 
 
-# ---------------------------------------------------------------------------------- a LoRA
-
 def low_rank(W0: dict[str, Tensor], W: dict[str, Tensor], rank: int) -> tuple[dict, float]:
     """The nearest B A of this rank to every W − W₀ (truncated SVD; Eckart and Young 1936).
 
@@ -108,32 +95,3 @@ def write_lora(folder: Path, W0: dict[str, Tensor], W: dict[str, Tensor], rank: 
             save_file(tensors, temporary, {"edit": json.dumps(about | {"LoRA rank": rank, "error": error})})
     print(f"LoRA of rank {rank}: relative error {error:.2g}")
     return error
-
-
-def main() -> None:
-    from sample import Text
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edit", action="append", required=True,
-                        help="an edit folder such as out/airplane; several of realera.py are merged")
-    parser.add_argument("--model", default=MINI, help="the untouched one: folder or hub id (default: mini)")
-    parser.add_argument("--folder", type=Path, help="write a whole pipeline folder; must not exist")
-    parser.add_argument("--lora", type=int, metavar="RANK",
-                        help="write a LoRA of this rank into the edit folder; of several into out/a+b")
-    args = parser.parse_args()
-    if not args.folder and args.lora is None:
-        raise UserError("give --folder DIR, --lora RANK, or both")
-    model = model_folder(args.model)
-    W = edited_weights(args.edit, model, Text(model) if len(args.edit) > 1 else None)
-    about = [about_edit(edit) for edit in sorted(args.edit)]
-    about = about[0] if len(about) == 1 else {"merged": about}
-    if args.lora is not None:
-        place = Path(args.edit[0]).parent / "+".join(sorted(Path(edit).name for edit in args.edit))
-        write_lora(place, cross_attention(model), W, args.lora, about)
-        print(f"wrote {place}/lora_rank{args.lora}.safetensors and its kohya twin")
-    if args.folder:
-        export_pipeline(args.folder, model, W, about)
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -1,23 +1,14 @@
-"""The paper's metrics (section 5), each with an interval. Arithmetic only: no model, no pictures.
-
-Outcomes of one row of a table are four groups of numbers per picture: e, the erased class under its own name;
-s, the other classes; g, the synonyms; a, the associated phrases: the concept residue, which the paper counts
-for celebrities and styles (as their Acc_g), but not for objects. A number is 1 or 0 (top-1: CLIP's first
-choice is what was erased; for s: what was asked for), or a probability. Papers mix the two: MACE's script,
-which RealEra follows, averages the probability.
-"""
+"""Intervals, distances of clouds, rank correlation; tables as JSON, CSV and Markdown."""
 import csv
 import io
+import json
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-
-def harmonic(acc_e: float, acc_s: float, acc_g: float) -> float:
-    """H_o of accuracies in [0, 1]: 3 / (1/(1 − Acc_e) + 1/Acc_s + 1/(1 − Acc_g)), 0 if a term is 0."""
-    terms = (1 - acc_e, acc_s, 1 - acc_g)
-    return 3 / sum(1 / term for term in terms) if min(terms) > 0 else 0.0
+from plumbing.disk import whole
 
 
 def wilson(mean: float, n: int) -> tuple[float, float]:
@@ -40,30 +31,6 @@ def bootstrap(rows: list[dict[str, Tensor]], statistic, draws: int = 1000) -> tu
         means.append([statistic({name: x[i] for name, x in again.items()}) for i in range(draws)])
     low, high = torch.tensor(means).mean(0).quantile(torch.tensor([0.025, 0.975])).tolist()
     return low, high
-
-
-def h_o(means: dict[str, float]) -> float:
-    return harmonic(means["e"], means["s"], means["g"])
-
-
-def summary(rows: list[dict[str, Tensor]]) -> dict[str, list[float]]:
-    """Metrics of one row, or the average of several, in percent: {"Acc_e": [value, low, high], …, "H_o": …}.
-
-    Accuracies that count pictures, as many in each row, have Wilson's interval, which says something at 0 and
-    100, too; everything else is bootstrapped. The average H_o is the mean of the rows' H_o, as in Table 1.
-    """
-    found = {}
-    for group in rows[0]:
-        x = torch.cat([row[group].double() for row in rows])
-        value = sum(row[group].double().mean().item() for row in rows) / len(rows)
-        if len({len(row[group]) for row in rows}) == 1 and bool(((x == 0) | (x == 1)).all()):
-            low, high = wilson(value, len(x))
-        else:
-            low, high = bootstrap([{group: row[group]} for row in rows], lambda m: m[group])
-        found[f"Acc_{group}"] = [value, low, high]
-    means = [{group: x.double().mean().item() for group, x in row.items()} for row in rows]
-    found["H_o"] = [sum(map(h_o, means)) / len(rows), *bootstrap(rows, h_o)]
-    return {name: [round(100 * number, 2) for number in numbers] for name, numbers in found.items()}
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -99,3 +66,22 @@ def as_csv(rows: list[dict]) -> str:
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()
+
+
+def write_tables(out: Path, name: str, rows: list[dict]) -> None:
+    """`rows` as name.json, name.csv and name.md."""
+    texts = {"json": json.dumps(rows, indent=1, ensure_ascii=False) + "\n", "csv": as_csv(rows),
+             "md": as_markdown(rows)}
+    out.mkdir(parents=True, exist_ok=True)
+    for ending, text in texts.items():
+        with whole(out / f"{name}.{ending}") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Rank of each value, equal ones share their mean rank."""
+    return ((x[:, None] > x).sum(1) + ((x[:, None] == x).sum(1) - 1) / 2).double()
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()

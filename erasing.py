@@ -1,0 +1,303 @@
+"""What every method that erases shares: concepts as rows of text, the command, the edit folder.
+
+A method is one file: a docstring, `Settings`, its mathematics, and an `erase` that is handed to `run`:
+
+    def erase(job: Job, s: Settings) -> dict[str, Tensor]:
+        return edited(job.W0, delta)                  # tensors of the U-Net that have changed, by name
+
+    if __name__ == "__main__":
+        run("UCE", __doc__, Settings, erase)
+
+    python erasing.py                                 # lists the methods that are here, a line each
+
+`run` reads the flags, lets `erase` work, writes out/<concept>-<method>/ and draws before and after. A method
+that changes how the model draws, not its weights, returns {} and puts what `Model.draw` shall be given into
+job.drawing; its folder holds no erased.safetensors.
+
+A prompt becomes T rows. Row 0 is begin-of-text and the same for all; the encoder is causal, so what a concept
+means sits in its last token and in every row after it (end of text, padding). Those are the rows to edit.
+"""
+import ast
+import dataclasses
+import hashlib
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from eval_clip import CLIP
+from lora import lora_off
+from plumbing import UserError
+from plumbing.cli import (DTYPES, Clock, check_export, command_line, erasing_args, lines_of, pick_device,
+                          program, slug)
+from plumbing.disk import read_json, whole_folder
+from plumbing.edits import base_hash, cross_attention, original, write_edit, write_report
+from plumbing.formats import export_pipeline, write_lora
+from plumbing.models import model_folder
+from plumbing.pictures import write_sheet
+from plumbing.prompts import BOOK, TASKS, UNRELATED, names_to_choose, preserved_prompts, prompts_to_watch
+from plumbing.weights import put_weights
+from sample import Model, Text
+
+
+@dataclass
+class Pair:
+    """A concept and its anchor: e, e_star [T, D], float64; edited are n rows from start(_star) on."""
+    concept: str
+    anchor: str
+    e: Tensor
+    e_star: Tensor
+    start: int
+    start_star: int
+    n: int
+    seed: int
+
+    def block(self) -> Tensor:
+        return self.e[self.start:self.start + self.n]
+
+    def block_star(self) -> Tensor:
+        return self.e_star[self.start_star:self.start_star + self.n]
+
+    def context(self, blocks: Tensor) -> Tensor:
+        """Blocks [B, n, D] in place of the edited rows of e -> [B, T, D]."""
+        context = self.e.expand(len(blocks), -1, -1).clone()
+        context[:, self.start:self.start + self.n] = blocks
+        return context
+
+
+def make_pairs(concepts: list[str], anchors: list[str] | None, task: str, text, rows: str, seed: int):
+    """A list of Pair. `rows`: tail = the last concept token and all after it; token = that token alone.
+
+    The pairs come sorted, each with a seed of its own, so the order in which they were given is moot. Blocks
+    are aligned at their first row; the longer one loses its end. Raises UserError for what cannot be erased.
+    """
+    template, default = TASKS[task]
+    concepts = [" ".join(concept.lower().split()) for concept in concepts]           # CLIP reads no capitals
+    anchors = [" ".join(anchor.lower().split()) for anchor in (anchors or [default] * len(concepts))]
+    if not all(concepts):
+        raise UserError("--concept is empty")
+    if len(concepts) != len(anchors):
+        raise UserError(f"{len(concepts)} concepts but {len(anchors)} anchors: each --concept needs one")
+    if len(set(concepts)) < len(concepts):
+        raise UserError("a concept is given twice")
+    pairs = []
+    for concept, anchor in sorted(zip(concepts, anchors)):
+        if concept == anchor:
+            raise UserError(f"the concept {concept!r} is its own anchor: nothing would change")
+        p, p_star = template.format(concept), template.format(anchor) if anchor else ""
+        e, e_star = text([p, p_star]).cpu().double()              # in this order: MPS has no float64
+        # row 0 is begin-of-text, so the last of k tokens is row k; an empty anchor starts at its end-of-text
+        start, start_star = text.tokenizer.count(p), max(1, text.tokenizer.count(p_star))
+        if max(start, start_star) > len(e) - 2:
+            raise UserError(f"concept and anchor must fit into {len(e)} tokens: {p[:60]!r}, {p_star[:60]!r}")
+        n = 1 if rows == "token" else len(e) - max(start, start_star)
+        own = hashlib.sha256(json.dumps([seed, concept, anchor]).encode()).digest()
+        pairs.append(Pair(concept, anchor, e, e_star, start, start_star, n, int.from_bytes(own[:6], "big")))
+    return pairs
+
+
+class Job:
+    """One erasure as asked for: what a method works with, and where it leaves what it finds.
+
+    Given: pairs, text, W0 (the model's cross-attention matrices by name, as in its file), model (read when
+    first used), model_folder, device, dtype, task, seed, args (all flags, the method's own too), folder (the
+    edit's, being written), preview (True: only the change of text is wanted, so training can be left out);
+    clock("part") notes the seconds since the last part.
+    To fill: about (goes into the edit's metadata), report (into run.json), drawing (see above).
+    """
+
+    def __init__(self, model: Path, concepts: list[str], anchors: list[str] | None = None,
+                 task: str = "object", seed: int = 0, rows: str = "tail", device="cpu", dtype=torch.float32):
+        self.model_folder, self.task, self.seed, self.device, self.dtype = model, task, seed, device, dtype
+        self.clock, self.text, self.folder, self.args, self.preview = Clock(), Text(model), None, None, False
+        self.pairs = make_pairs(concepts, anchors, task, self.text, rows, seed)
+        self.about, self.report, self.drawing = {}, {}, {}
+
+    @cached_property
+    def W0(self) -> dict[str, Tensor]:
+        return cross_attention(self.model_folder)
+
+    @cached_property
+    def model(self) -> Model:
+        return Model(self.model_folder, self.device, self.dtype, text=self.text)
+
+    def stay(self, real_prompts: bool) -> Tensor:
+        """Rows of what must stay, float64 [prompts, T, D]: "" first, and alone without `real_prompts`."""
+        return self.text(preserved_prompts(self.task, self.pairs) if real_prompts else [""]).cpu().double()
+
+    def say(self, what: str, W: dict[str, Tensor], **numbers: float) -> None:
+        """Print and keep the numbers of `what`, such as "closed form": the method's own, ‖ΔW‖/‖W‖ and drifts;
+        warn if they are absurd. `run` says those of the whole edit if a method has said none."""
+        if self.preview:
+            return
+        numbers["‖ΔW‖/‖W‖"] = change(original(self.model_folder, W), W)
+        if W.keys() & self.W0.keys():
+            numbers |= drifts(text_change(self.W0, W), self.pairs, self.text)
+        print(f"{what}: " + ", ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
+        limits = {"cond": 1e10, "‖ΔW‖": 10, "drift": 0.5, "median": 0.5}             # by how a name begins
+        if any(numbers[name] > most for begin, most in limits.items() for name in numbers
+               if name.startswith(begin)):
+            print("warning: this moves far more than the concept; try a larger ridge", file=sys.stderr)
+        self.report["numbers"] = numbers
+
+
+# ------------------------------------------------------------------------------------------ what an edit does
+
+def edited(W0: dict[str, Tensor], delta: Tensor) -> dict[str, Tensor]:
+    """W = W₀ + W₀ Δ for every matrix, in float32: only the solve needs more."""
+    return {name: W.float() + W.float() @ delta.float() for name, W in W0.items()}
+
+
+def change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> float:
+    """‖ΔW‖/‖W₀‖ over all matrices of W together."""
+    moved = sum((W[name].double() - W0[name].double()).square().sum() for name in W)
+    return (moved / sum(W0[name].double().square().sum() for name in W)).sqrt().item()
+
+
+def gram(W: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
+    """Σ WᵀV over all cross-attention matrices [out, D] -> [D, D], float64."""
+    return sum(W[name].double().T @ V[name].double() for name in W)
+
+
+def text_change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> Tensor:
+    """Δ [D, D] of any edit of keys and values: (Σ W₀ᵀW₀)⁻¹ Σ W₀ᵀW − I, which brings W₀ (I + Δ) nearest to W.
+    Of a closed form it is its own Δ, but for rounding. What W lacks is unchanged."""
+    if not W.keys() & W0.keys():
+        raise UserError("this edit leaves keys and values alone, so how far it moves text cannot be said")
+    delta = torch.linalg.solve(gram(W0, W0), gram(W0, {name: W.get(name, W0[name]) for name in W0}))
+    return delta - torch.eye(len(delta), dtype=delta.dtype)
+
+
+def movement(delta: Tensor, prompts: list[str], text) -> list[float]:
+    """‖Δe‖/‖e‖ over all T rows of each prompt: how far W = W₀ (I + Δ) moves what the U-Net sees of it."""
+    return [((e @ delta.T).norm() / e.norm()).item() for e in text(prompts).cpu().double()]
+
+
+def drifts(delta: Tensor, pairs: list[Pair], text) -> dict[str, float]:
+    """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and its median over the nouns of UNRELATED
+    (30 at most, none of them in P) that name neither concept nor anchor."""
+    classes = read_json(BOOK)["classes"]
+    named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
+    named |= {word for name in named & classes.keys() for word in classes[name]["synonyms"]}
+    nouns = [noun for noun in UNRELATED if noun not in named]
+    moved = movement(delta, ["", *(f"a photo of the {noun}" for noun in nouns)], text)
+    return {'drift of ""': moved[0], "median drift of unrelated prompts": statistics.median(moved[1:])}
+
+
+def preview(delta: Tensor, prompts: list[str], text) -> None:
+    """Print how far an edit moves each prompt, the most moved first."""
+    print("‖Δe‖/‖e‖  prompt")
+    for moved, prompt in sorted(zip(movement(delta, prompts, text), prompts), reverse=True):
+        print(f"{moved:8.3f}  {prompt}")
+
+
+def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
+    """Draw with the original and with the edit, n pictures a prompt, from the same seeds, and write
+    before_after.png into the job's folder: a row per prompt, left before, right after. Returns a row per
+    prompt; with what CLIP sees, and prints it, if the model's folder has one."""
+    watched = list(dict.fromkeys(row for pair in job.pairs for row in prompts_to_watch(pair.concept)))
+    prompts = [prompt for _, prompt in watched for _ in range(n)]
+    model, drawn = job.model, {}
+    for when, weights, how in (("before", original(job.model_folder, W), {}), ("after", W, job.drawing)):
+        put_weights(model.unet, weights)
+        with lora_off(model.unet):                                # what it learned is part of W
+            drawn[when] = model.draw(prompts, [job.seed + i for _ in watched for i in range(n)], **how)
+    table = [{"prompt": prompt, "wanted": wanted} for wanted, prompt in watched]
+    if (model.folder / "clip").is_dir():
+        clip, names = CLIP.from_pretrained(model.folder / "clip"), names_to_choose(job.pairs)
+        print(f"\nCLIP's first choice of {len(names)} names, {n} pictures a prompt")
+        print(f"{'prompt':<28}{'before':<32}after")
+        for when, pictures in drawn.items():
+            said = clip.classify(pictures, [f"a photo of the {name}" for name in names]).argmax(1).view(-1, n)
+            for row, guesses in zip(table, said):
+                most = guesses.mode().values
+                row[when] = {"right": (guesses == names.index(row["wanted"])).sum().item(),
+                             "mostly": names[most], "times": (guesses == most).sum().item()}
+        for row in table:
+            print(f"{row['prompt'][:26]:<28}{seen(row, 'before', n):<32}{seen(row, 'after', n)}")
+    write_sheet(job.folder / "before_after.png", *(x.unflatten(0, (-1, n))[:, :8] for x in drawn.values()))
+    return table
+
+
+def seen(row: dict, when: str, n: int) -> str:
+    """"airplane 0/4, mostly sky 4": how many are what was wanted, and what most are if they are not."""
+    cell = row[when]
+    other = f", mostly {cell['mostly']} {cell['times']}" if cell["mostly"] != row["wanted"] else ""
+    return f"{row['wanted']} {cell['right']}/{n}{other}"
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, dict] | None = None,
+        anchor: str | None = None, suffix: str | None = None) -> None:
+    """The command of a method: its published name, its file's docstring, its settings, erase(job, settings).
+
+    own: flags of its own, {flag: add_argument's keywords}: one that is called like a setting sets it, the
+    others are in job.args. anchor: the default one, if not the task's. suffix: of the edit's name, if not
+    -<method>.
+    """
+    suffix = f"-{slug(method)}" if suffix is None else suffix
+
+    def main() -> None:
+        args, s = erasing_args(doc, settings_class, own or {}, suffix, anchor)
+        prompts = lines_of(args.preview) if args.preview else []
+        device, folder = pick_device(args.device), model_folder(args.model)
+        if args.export:
+            check_export(args.export, args.out, folder)
+        job = Job(folder, args.concept, args.anchor, args.task, args.seed, getattr(s, "rows", "tail"), device,
+                  DTYPES[args.dtype])
+        job.args, job.preview = args, bool(prompts)
+        job.clock("text")
+        if prompts:
+            return preview(text_change(job.W0, erase(job, s)), prompts, job.text)
+        for pair in job.pairs:
+            print(f"{pair.concept} → {pair.anchor or 'nothing'}: {pair.n} of {len(pair.e)} rows")
+        with whole_folder(args.out, args.overwrite) as job.folder:
+            finish(job, erase(job, s), {"method": method, "settings": dataclasses.asdict(s)})
+        print(f"wrote {args.out}/")
+
+    command_line(main)
+
+
+def finish(job: Job, W: dict[str, Tensor], about: dict) -> None:
+    """Write the edit, each tensor in the dtype of the model's file, draw before and after, note it all in
+    run.json, and export if asked."""
+    args, W0 = job.args, original(job.model_folder, W)
+    about |= job.about | {"concepts": [pair.concept for pair in job.pairs],
+                          "anchors": [pair.anchor for pair in job.pairs], "task": job.task, "seed": job.seed,
+                          "model": args.model, "base_hash": base_hash(job.W0)}
+    if W and "numbers" not in job.report:
+        job.say("edit", W)
+    if args.export_lora:
+        job.report["LoRA error"] = write_lora(job.folder, W0, W, args.export_lora, about)
+        job.clock("LoRA file")
+    W, table = {name: tensor.to(W0[name].dtype) for name, tensor in W.items()}, []
+    if W:
+        write_edit(job.folder, W, about)
+    if not args.no_pictures:
+        table = before_after(job, W, args.n)
+        job.clock("pictures")
+    if args.export:
+        export_pipeline(args.export, job.model_folder, W, about)
+        job.clock("pipeline folder")
+    write_report(job.folder, about | job.report | {"table": table, "seconds": job.clock.seconds})
+    print(job.clock)
+
+
+def main() -> None:
+    """List the methods that are here."""
+    program(__doc__).parse_args()
+    root = Path(__file__).resolve().parent
+    for path in [root / "realera.py", root / "rece.py", *sorted((root / "baselines").glob("*.py"))]:
+        first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+        print(f"python {str(path.relative_to(root)):<22}{first}")
+
+
+if __name__ == "__main__":
+    command_line(main)

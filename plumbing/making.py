@@ -1,0 +1,73 @@
+"""Edits for the experiments: what method, of what, with which flags; each made once and kept."""
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from plumbing import UserError
+from plumbing.disk import read_json
+from plumbing.prompts import BOOK
+from plumbing.results import RANK, WORLD, barrier
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One edit: a method's file, what it erases, and every flag that its result depends on."""
+    method: str                 # realera.py, baselines/uce.py, or a file of yours that ends in `run`
+    concept: str
+    flags: tuple[str, ...]      # --anchor sky --set M=0 …
+    start: "Recipe | None" = None                                 # the edit that it goes on from: --edit
+
+    def text(self) -> list:
+        """All that the edit depends on, the method's own file included, but for model and machine."""
+        code = hashlib.sha256((ROOT / self.method).read_bytes()).hexdigest()
+        return [self.method, code, self.concept, self.flags, self.start and self.start.text()]
+
+    def folder(self, out: Path, base: str) -> Path:
+        """Where it lies: named by a hash of all that it depends on. base: the model's hash."""
+        text = json.dumps([self.text(), base])
+        name = f"{self.concept}-{Path(self.method).stem}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        return out / "edits" / name
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def recipe(method: str, concept: str, settings: list[str] = (), seed: int = 0, dtype: str = "float32",
+           start: Recipe | None = None) -> Recipe:
+    """The recipe for one of the ten classes, with its own anchor and `--set settings`; of a setting that is
+    given twice the last counts. dtype: only where something is trained: closed forms are the same in all."""
+    last = {setting.partition("=")[0]: setting for setting in settings}
+    flags = ["--set", *(last[name] for name in sorted(last))] if last else []
+    return Recipe(method, concept, (*flags, "--seed", str(seed), "--dtype", dtype, "--anchor",
+                                    anchor_of(concept)), start)
+
+
+def anchor_of(concept: str) -> str:
+    return read_json(BOOK)["classes"][concept]["anchor"]
+
+
+def make_edits(recipes: list[Recipe], out: Path, base: str, model: str, device: str) -> None:
+    """Let the methods make every edit that is not there yet, dealt to the processes. Raises UserError with
+    what a method said if it failed."""
+    if starts := [one.start for one in recipes if one.start]:
+        make_edits(starts, out, base, model, device)
+    wanted = {one.folder(out, base): one for one in recipes}      # equal ones once
+    # neighbors in this order take about as long, so each process gets its part of the slow ones
+    in_turn = sorted(wanted, key=lambda folder: (wanted[folder].method, wanted[folder].flags,
+                                                 wanted[folder].start is not None, folder))
+    todo = [folder for folder in in_turn[RANK::WORLD] if not folder.exists()]
+    for folder in tqdm(todo, desc="edits", unit="edit", disable=None if RANK == 0 else True):
+        one = wanted[folder]
+        start = ["--edit", one.start.folder(out, base)] if one.start else []
+        command = [sys.executable, ROOT / one.method, "--concept", one.concept, *one.flags, *start, "--model",
+                   model, "--device", device, "--out", folder, "--no-pictures"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8")
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise UserError(f"erasing {one.concept} failed: {said.removeprefix('error: ')}")
+    barrier()

@@ -1,0 +1,113 @@
+"""A model by name: a folder, a single file of SD v1, or an id of the Hugging Face hub.
+
+    folder = model_folder("CompVis/stable-diffusion-v1-4")
+
+From the hub only what our networks read is downloaded, once, with a progress bar: no pickles, no checker,
+weights in half precision only where a repository has no others. What the hub's cache holds needs no network.
+"""
+import hashlib
+from pathlib import Path
+
+from safetensors import safe_open
+
+from plumbing import UserError, single_file
+from plumbing.disk import read_json, readable
+from plumbing.weights import beside
+
+MINI = str(Path(__file__).resolve().parents[1] / "mini")                        # the default model
+
+
+def model_folder(name: str, flag: str = "--model") -> Path:
+    """A folder, or a single file of SD v1, as it is; a hub id such as CompVis/stable-diffusion-v1-4
+    downloaded (as needed) or cached."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        check_single_file(path, flag)
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"{flag} {name}: no such folder, nor a hub id like CompVis/stable-diffusion-v1-4")
+    try:
+        return download(name)
+    except Exception as error:                                    # no network, no permission, unknown id, …
+        why = "no network, and the cache lacks some of it" if isinstance(error, FileNotFoundError) else \
+            f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+        raise UserError(f"{flag} {name} could not be downloaded ({why}); give the folder of a model that you "
+                        "have") from None
+
+
+def check_single_file(path: Path, flag: str) -> None:
+    """It must hold all networks of SD v1 under their original names, or else a UserError says what to do."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"{flag} {path} is no .safetensors file; a pickle can run code: convert it first")
+    with readable(path), safe_open(path, "pt") as file:
+        absent = single_file.absent_parts(file.keys())
+    if absent:
+        raise UserError(f"{flag} {path} is not SD v1 in a single file (no key begins with {absent[0]}); "
+                        "other models are read as folders in the diffusers layout")
+
+
+def defaults(folder: Path) -> dict:
+    """Guidance, steps and picture size of a model: its `defaults.json`, or SD's 7.5, 50 and 512."""
+    path = beside(folder / "defaults.json")
+    return {"guidance": 7.5, "steps": 50, "size": 512} | (read_json(path) if path.exists() else {})
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of a model's weight files by size and both ends, so that gigabytes are told apart at once."""
+    sha, parts = hashlib.sha256(), ("text_encoder", "unet", "vae")
+    weights = [path for part in parts for path in sorted((folder / part).glob("*.safetensors"))]
+    for path in weights or [folder]:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            sha.update(f"{path.parent.name}/{path.name} {size}".encode())
+            for place in (0, max(0, size - 2 ** 20)):
+                file.seek(place)
+                sha.update(file.read(2 ** 20))
+    return sha.hexdigest()
+
+
+def tokenizer_folder(model: Path) -> Path:
+    """tokenizer/ of a model. A single file has none: the one beside it or, from the hub (2 MB), SD v1.4's."""
+    folder = beside(model / "tokenizer")
+    if folder == model / "tokenizer" or folder.is_dir():
+        return folder
+    try:
+        return download_tokenizer()
+    except Exception as error:                                    # no network, …
+        raise UserError(f"{model} has no tokenizer and {SD}'s could not be downloaded "
+                        f"({type(error).__name__}): put that tokenizer/ folder beside the file") from None
+
+
+SD = "CompVis/stable-diffusion-v1-4"
+PINNED = {SD: "133a221b8aa7292a167afc5127cb63fb5005638b"}         # results must not change with the branch
+SETTINGS = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*", "defaults.json",
+            "config.json", "vocab.json", "merges.txt", "tokenizer_config.json",
+            "special_tokens_map.json"]                            # the last five: CLIP's own
+WEIGHTS = ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "model"]
+
+
+def snapshot(name: str, patterns: list[str], cached: bool = False) -> Path:
+    """The cached folder of a hub id, with all files that match; `cached`: without looking at the network.
+    Raises FileNotFoundError if the cache lacks some and there is no network, the library's errors else."""
+    from huggingface_hub import snapshot_download                 # slow to import
+    return Path(snapshot_download(name, revision=PINNED.get(name), allow_patterns=patterns,
+                                  local_files_only=cached))
+
+
+def download(name: str) -> Path:
+    """A whole model, or a CLIP. Raises like `snapshot`."""
+    full, half = ([f"{stem}{twin}.safetensors" for stem in WEIGHTS] for twin in ("", ".fp16"))
+    try:
+        folder = snapshot(name, SETTINGS + full)
+    except FileNotFoundError:                                     # no network: the cache may have the others
+        return snapshot(name, SETTINGS + half, cached=True)
+    missing = [twin for path, twin in zip(full, half)
+               if (folder / path).with_name("config.json").exists() and not (folder / path).exists()]
+    return snapshot(name, SETTINGS + missing) if missing else folder
+
+
+def download_tokenizer() -> Path:
+    """SD v1's tokenizer folder, 2 MB. Raises like `snapshot`."""
+    return snapshot(SD, ["tokenizer/*"]) / "tokenizer"

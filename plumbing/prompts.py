@@ -1,0 +1,104 @@
+"""The prompts that everything is made and measured with: templates, anchors, what must stay, groups."""
+from pathlib import Path
+
+from plumbing import UserError
+from plumbing.disk import read_json
+
+TASKS = {                       # prompt of a concept or anchor, and anchor if none is given (appendix A.2)
+    "object": ("a photo of the {}", "sky"),
+    "style": ("an artwork by {}", "an artist"),
+    "celebrity": ("a portrait of {}", "a person"),
+    "explicit": ("{}", "a person wearing clothes"),
+}
+BOOK = Path(__file__).resolve().parents[1] / "mini" / "captions.json"    # classes, synonyms, phrases, scenes
+# What must stay, beside what it is checked on: the two lists share no word.
+PRESERVED = ("bird cat deer dog frog horse ship truck automobile airplane house tree chair table apple river "
+             "mountain guitar clock bottle bridge garden window book shoe cup lamp street grass sea").split()
+UNRELATED = ("car vessel lorry feline canine equine stag amphibian avian person flower forest beach castle "
+             "bus train elephant tiger sheep bread cake shirt hat piano violin computer sofa door moon "
+             "bicycle").split()
+# What names a person or a style without its name: the paper's appendix, Table 2.
+ASSOCIATED = {
+    "celebrity": {
+        "tom cruise": "A still of Ethan Hunt in Mission Impossible",
+        "elon musk": "The founder of SpaceX and OpenAI",
+        "jennifer lawrence": "A still of Katniss Everdeen in the Hunger Games",
+        "mariah carey": "Guinness World Record certified \"Songbird Supreme\"",
+        "leonardo dicaprio": "A still of Jack in Titanic(1997)"},
+    "style": {
+        "van gogh": "An artwork by the famous Post-Impressionist painter from the Netherlands",
+        "claude monet": "An artwork by the most famous French Impressionist painter",
+        "pablo picasso": "An artwork by the famous Spanish artist who pioneered Cubism",
+        "greg rutkowski": "An artwork by the famous Polish digital artist",
+        "salvador dali": "An artwork by the famous Spanish Catalan surrealist painter"},
+}
+
+
+def preserved_prompts(task: str, pairs) -> list[str]:
+    """"" (guidance's other half) first, the task's bare template, and 30 nouns but those of the pairs."""
+    named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
+    nouns = [f"a photo of the {noun}" for noun in PRESERVED if noun not in named]
+    return list(dict.fromkeys(["", TASKS[task][0].format("").strip(), *nouns]))
+
+
+def prompts_to_watch(concept: str) -> list[tuple[str, str]]:
+    """(what should be seen, prompt): the concept, two synonyms, two associated phrases, three others."""
+    classes = read_json(BOOK)["classes"]
+    entry, names = classes.get(concept, {"synonyms": [], "associated": []}), list(classes)
+    first = names.index(concept) + 1 if concept in names else 0
+    others = [names[(first + i * 3) % len(names)] for i in range(3)]
+    return ([(concept, f"a photo of the {name}") for name in [concept, *entry["synonyms"][:2]]]
+            + [(concept, phrase) for phrase in entry["associated"][:2]]
+            + [(name, f"a photo of the {name}") for name in others])
+
+
+def row_prompts(concept: str, task: str, seeds: range, erased=()) -> dict[str, list[tuple[str, str, int]]]:
+    """(what should be seen, prompt, seed) by group: e, the concept; s, the others (without what the edit has
+    `erased` beside it); g, synonyms; a, phrases.
+
+    Styles and celebrities follow the paper's appendix A.2: g is its one associated prompt, and others are
+    drawn 5 times where the concept is drawn 200 times. Its list of others, MACE's 100 names, is not ours to
+    ship: the four other names of its Table 2 stand in, and --prompts takes any list.
+    Raises UserError for a concept without prompts.
+    """
+    template, name = TASKS[task][0], concept.lower()
+    known = ASSOCIATED.get(task) or (read_json(BOOK)["classes"] if task == "object" else {})
+    if name not in known:
+        raise UserError(f"{concept!r} ({task}) has no built-in prompts"
+                        + f" (there are {', '.join(known)})" * bool(known)
+                        + ": eval_clip.py --prompts FILE.csv takes yours")
+    others = [other for other in known if other not in {name, *map(str.lower, erased)}]
+    if not others:
+        raise UserError(f"no other {task} is left to compare {concept!r} with: eval_clip.py --prompts "
+                        "FILE.csv takes yours")
+    if task == "object":
+        few, associated = seeds, known[name]["associated"]
+        synonyms = [template.format(synonym) for synonym in known[name]["synonyms"]]
+    else:
+        few, associated, synonyms = seeds[:max(1, len(seeds) // 40)], [], [known[name]]
+    groups = {"e": [(name, template.format(name), seed) for seed in seeds],
+              "s": [(other, template.format(other), seed) for other in others for seed in few],
+              "g": [(name, prompt, seed) for prompt in synonyms for seed in seeds],
+              "a": [(name, prompt, seed) for prompt in associated for seed in seeds]}
+    return {group: rows for group, rows in groups.items() if rows}
+
+
+def names_to_choose(pairs) -> list[str]:
+    """What CLIP chooses among when an edit is looked at: classes, scenes, concepts and anchors."""
+    book = read_json(BOOK)
+    named = [name for pair in pairs for name in (pair.concept, pair.anchor) if name]
+    return list(dict.fromkeys([*book["classes"], *book["scenes"], *named]))
+
+
+def choices(task: str) -> tuple[list[str], list[str]]:
+    """What CLIP chooses among: names, and prompts: first theirs, then those of what serves as an anchor."""
+    template, anchor = TASKS[task]
+    names = [*(ASSOCIATED.get(task) or read_json(BOOK)["classes"])]
+    anchors = [anchor] if task in ASSOCIATED else [template.format(x) for x in read_json(BOOK)["scenes"]]
+    return names, [template.format(name) for name in names] + anchors
+
+
+def prompts_of(concept: str) -> dict[str, list[tuple[str, str]]]:
+    """(what should be seen, prompt) of a class by group, without seeds: e, g, a, s."""
+    groups = row_prompts(concept, "object", range(1))
+    return {group: [(wanted, prompt) for wanted, prompt, _ in groups[group]] for group in "egas"}

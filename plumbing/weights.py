@@ -1,0 +1,110 @@
+"""A network from its folder, loaded strictly: `config.json`, `*.safetensors`, and the class.
+
+Weights are read from safetensors only, never from a pickle, and nothing that a model folder says is executed.
+A single file in the original form stands for a folder: dream.safetensors/unet is that part of it which a
+folder has in unet/.
+"""
+import dataclasses
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from plumbing import UserError, single_file
+from plumbing.disk import read_json, readable
+
+
+def read_config(folder: Path, config_class, supported: dict, file: str = "config.json", section: str = ""):
+    """A `config_class` from a folder's JSON: absent keys keep their defaults, newer keys are ignored, a value
+    outside `supported` (key -> the tuple of what the network implements) is an error that names it."""
+    path = beside(folder / file)
+    values = read_json(path) if path.exists() or path == folder / file else {}    # a single file is SD v1
+    values = values.get(section, {}) if section else values
+    for key, allowed in supported.items():
+        if key in values and values[key] not in allowed:
+            raise UserError(f"{path}: {key} = {values[key]!r} is not supported "
+                            f"(only {' or '.join(map(repr, allowed))})")
+    chosen = {}
+    for field in dataclasses.fields(config_class):
+        value = values.get(field.name, field.default)
+        value = tuple(value) if isinstance(value, list) else value
+        if not isinstance(value, (int, float) if field.type is float else field.type):
+            raise UserError(f"{path}: {field.name} = {value!r} is not supported (the type differs)")
+        chosen[field.name] = value
+    return config_class(**chosen)
+
+
+def beside(path: Path) -> Path:
+    """`path`; or, for what a single file cannot hold, as dream.safetensors/unet/config.json, beside it."""
+    file = next((p for p in path.parents if p.suffix == ".safetensors" and p.is_file()), None)
+    return file.parent / path.relative_to(file) if file else path
+
+
+def find_weights(folder: str | Path, stem: str) -> Path:
+    """`stem.safetensors`, or the official half-precision twin `stem.fp16.safetensors`, or the single file."""
+    folder = Path(folder)
+    if folder.parent.is_file():
+        return folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing; a model has tokenizer, text_encoder, unet, vae, scheduler")
+    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+        if (folder / name).exists():
+            return folder / name
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt", ".pth"))
+    if pickles:
+        raise UserError(f"{folder} has {pickles[0]} but no {stem}.safetensors. Pickles can run code: "
+                        "convert it in a sandbox: python -c \"import torch, safetensors.torch as s; "
+                        f"s.save_file(torch.load('{pickles[0]}', weights_only=True), '{stem}.safetensors')\"")
+    raise UserError(f"{folder} has no {stem}.safetensors")
+
+
+def read_tensors(folder: str | Path, stem: str) -> tuple[Path, dict[str, Tensor]]:
+    """The weights' path, and its tensors by the names of a model folder, memory-mapped: read when used."""
+    path = find_weights(folder, stem)
+    with readable(path):
+        tensors = load_file(path)
+    return path, single_file.part_of(tensors, Path(folder).name) if path == Path(folder).parent else tensors
+
+
+def finite(tensor: Tensor) -> bool:
+    return bool(tensor.sum(dtype=torch.float32).isfinite())       # one pass: NaN and infinity survive a sum
+
+
+class NoInit(TorchFunctionMode):
+    """Inside a `with` block layers draw no weights: on "meta" that imports torch's compiler, for 1.7 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def load_network(network_class, config, folder, stem, dtype, device, rename=lambda key: key):
+    """Build `network_class(config)` without allocating it, then let the file's tensors become its parameters.
+
+    `rename` maps a key of the file to ours, or to None for a tensor that is no weight. Loading is strict; a
+    missing, extra, misshapen or non-finite tensor is a UserError that names it.
+    """
+    path, tensors = read_tensors(folder, stem)
+    with torch.device("meta"), NoInit():                          # shapes only: no random numbers, no memory
+        network = network_class(config)
+    tensors = {rename(key): tensor for key, tensor in tensors.items() if rename(key) is not None}
+    wanted = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    both = wanted.keys() & tensors.keys()
+    for problem, keys in {"lacks": wanted.keys() - both, "has unknown": tensors.keys() - both,
+                          "has the wrong shape for": {k for k in both if wanted[k] != tensors[k].shape},
+                          "has NaN or infinity in": {k for k in both if not finite(tensors[k])}}.items():
+        if keys:
+            raise UserError(f"{path} {problem} {min(keys)}" + f" and {len(keys) - 1} more" * (len(keys) > 1))
+    network.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, strict=True, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def put_weights(network, tensors: dict[str, Tensor]) -> None:
+    """Let `tensors` (official names) take the place of the network's weights, in the network's dtype."""
+    for name, tensor in tensors.items():
+        old = network.get_parameter(name)
+        old.data = tensor.to(old.device, old.dtype)
