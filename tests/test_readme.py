@@ -64,8 +64,8 @@ def test_readme_has_two_pages():
 
 
 def test_every_command_runs(tmp_path, monkeypatch):
-    """In the order of the pages, the README first, in one folder, with fewer steps and pictures. In one process,
-    as fifty starts would take minutes."""
+    """In the order of the pages, the README first, in one folder, with fewer steps and pictures; in one
+    process, as fifty starts would take minutes."""
     os.symlink(MINI, tmp_path / "mini")
     (tmp_path / "mine.csv").write_text("prompt,seed\na photo of the ship,1\n")
     (tmp_path / "prompts.txt").write_text("a photo of the ship\na photo of the jet\n")
