@@ -194,6 +194,13 @@ def test_every_program_is_in_the_list_of_programs():
     assert [program for program in programs if f"| [{program}](../{program}) |" not in text] == []
 
 
+def test_the_picture_of_the_floors_has_every_root_file_and_folder_of_code():
+    text = (ROOT / "docs/floors.svg").read_text("utf-8")
+    names = [path.name for path in ROOT.glob("*.py")]
+    names += [f"{path.name}/" for path in ROOT.iterdir() if [*path.glob("*.py")] and path.name != "tests"]
+    assert len(names) >= 15 and [name for name in names if name not in text] == []
+
+
 def test_new_paths_in_the_list_of_changes_exist():
     rows = re.findall(r"^\|(.*)\|(.*)\|$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
     moved = [path for _, now in rows for path in re.findall(r"python (\S+\.py)", now)]
