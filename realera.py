@@ -52,7 +52,7 @@ class Settings:
     share: bool = False         # True: neighbors weigh 1/M and beyond-concepts 1/N each; Eq. 7 has 1 each
     rank: int = 4               # of the LoRA
     lora_steps: int = 200       # "epochs" in section 5
-    lr: float = 1e-5            # section 5; 5e-4 leads the synonyms back, see the README
+    lr: float = 1e-5            # section 5; 5e-4 leads the synonyms back: docs/results.md
     batch: int = 8              # latents per LoRA step
     trajectories: int = 8       # pictures of the anchor whose latents are learned from; a quarter is held out
 

@@ -1,5 +1,4 @@
 """The method: each equation computed a second, naive way, and what must hold by construction."""
-import dataclasses
 import math
 import random
 import re
@@ -373,12 +372,6 @@ def test_every_displayed_equation_is_named_exactly_once():
     sources = [*ROOT.glob("*.py"), ROOT / "mini/train.py"]
     named = re.findall(r"# Eq\. \((\d+)\)", "\n".join(path.read_text() for path in sources))
     assert sorted(map(int, named)) == list(range(1, 10))
-
-
-def test_settings_are_printed_in_the_readme_as_they_are():
-    readme = (ROOT / "README.md").read_text()
-    for field in dataclasses.fields(Settings):
-        assert f"`{field.name}`" in readme, field.name
 
 
 def test_pairs_shuffled_give_the_same_edit_through_make_pairs():
