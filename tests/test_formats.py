@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
-from test_commands import AIRPLANE, QUICK
+from test_commands import AIRPLANE, MINI, QUICK
 from test_networks import UNETS, edit_json, theirs_text, theirs_unet, theirs_vae
 from test_tokenizer import reference, write_padding, write_vocabulary
 
@@ -22,7 +22,7 @@ from erasing import make_pairs
 from experiments import tables
 from plumbing import UserError
 from plumbing.edits import base_hash, cross_attention, read_edit, write_edit
-from plumbing.models import MINI, SETTINGS, fingerprint, model_folder, snapshot, tokenizer_folder
+from plumbing.models import SETTINGS, fingerprint, model_folder, snapshot, tokenizer_folder
 from sample import Model, Text
 from unet import UNet
 from vae import VAE
@@ -244,7 +244,7 @@ def test_an_edit_is_refused_for_another_single_file(sd1, tmp_path):
 
 def test_a_single_file_is_not_copied_in_memory(sd1, monkeypatch):
     read = {}
-    monkeypatch.setattr(weights, "load_file", lambda path: read.update(load_file(path)) or read)
+    monkeypatch.setattr("plumbing.weights.load_file", lambda path: read.update(load_file(path)) or read)
     ours = {parameter.data_ptr() for parameter in UNet.from_pretrained(sd1[1] / "unet").parameters()}
     assert ours == {t.data_ptr() for key, t in read.items() if key.startswith("model.diffusion_model.")}
 

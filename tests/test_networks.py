@@ -19,7 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from clip_text import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from eval_clip import CLIP, MEAN, STD
 from experiments.bench import full_size
-from plumbing import UserError, weights
+from plumbing import UserError
 from plumbing.weights import read_config
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -498,7 +498,7 @@ def test_clip_config_without_default_values(tmp_path):
 
 def test_loading_draws_nothing_and_copies_nothing(unet_folder, monkeypatch):
     read = {}
-    monkeypatch.setattr(weights, "load_file", lambda path: read.update(load_file(path)) or read)
+    monkeypatch.setattr("plumbing.weights.load_file", lambda path: read.update(load_file(path)) or read)
     state = torch.get_rng_state()
     ours = UNet.from_pretrained(unet_folder)
     assert torch.equal(state, torch.get_rng_state())
