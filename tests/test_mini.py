@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 import realera
 from clip_text import CLIPTokenizer
+from erasing import make_pairs
 from eval_clip import CLIP
 from helpers import MINI
 from plumbing.edits import cross_attention
@@ -34,7 +35,7 @@ def test_mini_draws_what_it_is_asked_for_and_not_what_was_erased(model):
     prompts = [f"a photo of the {name}" for name in names[:10] for _ in range(4)]
     seen = top1(model.draw(prompts, [0, 1, 2, 3] * 10, steps=12))
     assert (seen == torch.arange(10).repeat_interleave(4)).float().mean() >= 0.8
-    pairs = realera.make_pairs(["airplane"], ["sky"], "object", model.text, "tail", 0)
+    pairs = make_pairs(["airplane"], ["sky"], "object", model.text, "tail", 0)
     stay, W0 = model.text(preserved_prompts("object", pairs)), cross_attention(MINI)
     delta, _ = realera.erase_in_closed_form(pairs, stay, realera.Settings())
     put_weights(model.unet, realera.edited(W0, delta))

@@ -1,7 +1,7 @@
 """What is measured on: groups of a row, and what must stay, apart."""
 import pytest
 
-import realera
+from erasing import make_pairs
 from helpers import CLASSES, MINI
 from plumbing import UserError
 from plumbing.disk import read_json
@@ -11,7 +11,7 @@ from sample import Text
 
 def test_what_is_preserved_and_what_drift_is_measured_on_are_apart():
     assert len(set(PRESERVED)) == len(set(UNRELATED)) == 30 and not set(PRESERVED) & set(UNRELATED)
-    pairs = realera.make_pairs(["airplane"], ["grass"], "object", Text(MINI), "tail", 0)
+    pairs = make_pairs(["airplane"], ["grass"], "object", Text(MINI), "tail", 0)
     prompts = preserved_prompts("object", pairs)
     assert prompts[:2] == ["", "a photo of the"] and len(prompts) == 30
     assert not {"a photo of the airplane", "a photo of the grass"} & set(prompts)

@@ -514,7 +514,7 @@ def test_the_edit_is_closed_form_plus_lora_in_the_dtype_of_the_file(edit):
     W0, W = cross_attention(MINI), load_file(out / "erased.safetensors")
     assert W.keys() == W0.keys() and all(W[k].dtype == W0[k].dtype and W[k].shape == W0[k].shape for k in W)
     text, s = Text(MINI), realera.Settings()
-    pairs = realera.make_pairs(["airplane"], ["sky"], "object", text, s.rows, 0)
+    pairs = make_pairs(["airplane"], ["sky"], "object", text, s.rows, 0)
     stay = text(preserved_prompts("object", pairs))
     expected = realera.edited(W0, realera.erase_in_closed_form(pairs, stay, s)[0])
     lora = load_file(out / "residual_lora.safetensors")
