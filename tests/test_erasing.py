@@ -1,9 +1,12 @@
-"""What every method shares: pairs, drift, the folder that it writes, its exports, and interruption."""
+"""What every method shares: pairs, drift, the folder that it writes, its exports, and interruption;
+edits of any tensor, methods that change how a model draws, the change of text."""
 import json
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import erasing
 from erasing import drifts, make_pairs
 from helpers import AIRPLANE, CLOSED, MINI, ROOT, UNET, pair, run, same
 from lora import lora_deltas
-from plumbing.edits import about_edit, cross_attention, read_edit
+from plumbing import UserError
+from plumbing.edits import about_edit, cross_attention, original, read_edit
 from plumbing.prompts import UNRELATED
-from sample import Text
+from plumbing.results import evaluate
+from sample import Model, Text
 
 
 def test_pair_puts_blocks_where_they_belong():
@@ -113,3 +119,119 @@ def test_interruption_leaves_nothing_behind(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- methods of one's own ----
+
+PROMPT = ["a photo of the airplane"]
+CONV = '''"""A method that changes a convolution and a bias.
+
+    python conv.py --concept airplane
+"""
+from dataclasses import dataclass
+
+from erasing import run
+from plumbing.edits import original
+
+
+@dataclass(frozen=True)
+class Settings:
+    times: float = 2.0
+
+
+def erase(job, s):
+    W = original(job.model_folder, ["conv_out.weight", "conv_out.bias"])
+    return {name: s.times * tensor.float() for name, tensor in W.items()}
+
+
+if __name__ == "__main__":
+    run("Conv", __doc__, Settings, erase)
+'''
+GUIDE = CONV.replace("changes a convolution and a bias", "changes how a model draws").replace(
+    '''    W = original(job.model_folder, ["conv_out.weight", "conv_out.bias"])
+    return {name: s.times * tensor.float() for name, tensor in W.items()}
+''', '''    job.drawing = {"guide": lambda u, c, t: u}
+    return {}
+''').replace("from plumbing.edits import original\n", "")
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Runs a method's text as a file of one's own: own(text, *flags)."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(text, *flags):
+        (tmp_path / "mine.py").write_text(text)
+        monkeypatch.setattr(sys, "argv", ["mine.py", "--concept", "airplane", *map(str, flags)])
+        runpy.run_path(str(tmp_path / "mine.py"), run_name="__main__")
+    return start
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = Model(Path(MINI))
+    model.defaults["steps"] = 2
+    return model
+
+
+def test_a_method_may_change_any_tensor_of_the_unet(own, tmp_path, model, capsys):
+    own(CONV, "--no-pictures", "--export", "sd")
+    out, base = tmp_path / "out/airplane-conv", original(MINI, ["conv_out.weight", "conv_out.bias"])
+    assert {path.name for path in out.iterdir()} == {"erased.safetensors", "run.json"}
+    W = read_edit(out, MINI)
+    assert W.keys() == base.keys() and all(torch.equal(W[name], 2 * base[name]) for name in W)
+    assert all(W[name].dtype == base[name].dtype and W[name].shape == base[name].shape for name in W)
+    assert torch.equal(load_file(tmp_path / "sd/unet/diffusion_pytorch_model.safetensors")["conv_out.bias"],
+                       W["conv_out.bias"])
+    numbers = json.loads((out / "run.json").read_text())["numbers"]
+    assert numbers == {"‖ΔW‖/‖W‖": pytest.approx(1)} and "edit: ‖ΔW‖/‖W‖ 1" in capsys.readouterr().out
+    plain = model.draw(PROMPT, [1])
+    model.put(W)
+    changed = model.draw(PROMPT, [1])
+    model.put({})
+    assert torch.equal(model.draw(PROMPT, [1]), plain) and (changed - plain).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("flags, match", [(["--export-lora", 2], "a LoRA holds"),
+                                          (["--preview", "p.txt"], "leaves keys and values alone")])
+def test_what_such_an_edit_cannot_give_is_one_line(own, tmp_path, capsys, flags, match):
+    (tmp_path / "p.txt").write_text("a cat\n")
+    with pytest.raises(SystemExit) as end:
+        own(CONV, "--no-pictures", *flags)
+    assert end.value.code == 2 and match in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_method_that_changes_how_a_model_draws_leaves_a_report_alone(own, tmp_path):
+    for more in ([], ["--overwrite"]):
+        own(GUIDE, "--n", 1, *more)
+    out = tmp_path / "out/airplane-conv"
+    assert {path.name for path in out.iterdir()} == {"before_after.png", "run.json"}
+    assert about_edit(out)["method"] == "Conv" and read_edit(out, MINI) == {}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/run.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        own(GUIDE, "--no-pictures", "--out", "other", "--overwrite")
+
+
+def test_pictures_of_an_edit_beyond_keys_and_values_are_kept_apart(model, tmp_path):
+    clip = erasing.CLIP.from_pretrained(f"{MINI}/clip")
+    job = [(PROMPT[0], 1)]
+    plain = evaluate(model, clip, job, tmp_path)[job[0]]
+    model.put({"conv_out.weight": 3 * original(MINI, ["conv_out.weight"])["conv_out.weight"]})
+    changed = evaluate(model, clip, job, tmp_path)[job[0]]
+    model.put({})
+    assert not torch.equal(plain, changed) and len(list(tmp_path.iterdir())) == 2
+    assert torch.equal(evaluate(model, clip, job, tmp_path)[job[0]], plain)
+
+
+def test_the_change_of_text_is_the_closed_forms_own_and_the_best_for_any_other_edit():
+    W0 = {str(i): torch.randn(9, 6, generator=torch.Generator().manual_seed(i)) for i in range(4)}
+    delta = torch.randn(6, 6, generator=torch.Generator().manual_seed(9)).double()
+    assert (erasing.text_change(W0, erasing.edited(W0, delta)) - delta).abs().max() < 1e-5
+    W = {"0": W0["0"] + 1, "3": 2 * W0["3"]}                      # "1" and "2" stay
+    stacked = torch.cat([W0[name] for name in W0]).double()
+    wanted = torch.cat([W.get(name, W0[name]) for name in W0]).double()
+    best = torch.linalg.lstsq(stacked, wanted).solution - torch.eye(6).double()
+    assert (erasing.text_change(W0, W) - best).abs().max() < 1e-5
+    with pytest.raises(UserError, match="keys and values alone"):
+        erasing.text_change(W0, {"conv": torch.ones(2)})

@@ -7,7 +7,9 @@ import PIL.Image
 import pytest
 import torch
 
+from diffusion import guided
 from helpers import MINI, edit_json, run, same_pictures
+from plumbing.edits import cross_attention
 from sample import Model
 
 
@@ -70,6 +72,35 @@ def test_rows_in_place_of_prompts_draw_the_same_pictures(model):
         assert torch.equal(model.draw(model.text(prompts).double(), seeds, batch=batch),
                            model.draw(prompts, seeds, batch=batch))
     assert (pictures[0] - pictures[1]).abs().max() > 0.1 < (pictures[0] - pictures[2]).abs().max()
+
+
+PROMPT = ["a photo of the airplane"]
+
+
+def test_draw_takes_other_rows_another_guidance_and_a_part_of_an_edit(model):
+    plain, seen, scale = model.draw(PROMPT, [1]), [], model.defaults["guidance"]
+
+    def guide(u, c, t, more):
+        seen.append((u - more).abs().max().item())
+        return guided(u, c, scale)
+
+    assert torch.equal(model.draw(PROMPT, [1], rows=lambda c: c), plain)
+    assert torch.equal(model.draw(["a cat"], [1], rows=lambda c: model.text(PROMPT)), plain)
+    same = model.draw(PROMPT, [1], guide=guide, beside=model.text([""]))
+    assert (same - plain).abs().max() < 1e-3 and len(seen) == 2 and max(seen) < 1e-4
+    W = {name: 0.5 * tensor for name, tensor in cross_attention(MINI).items()}
+    model.put(W)
+    whole = model.draw(PROMPT, [1])
+    for m, expected in ((0.0, plain), (1.0, whole)):
+        assert torch.equal(model.draw(PROMPT, [1], strength=lambda c: m), expected)
+    many = model.draw(["a cat", *PROMPT], [2, 1], strength=lambda c: 1.0 if torch.equal(
+        c, model.text(["a cat"])[0]) else 0.0)
+    assert torch.equal(many[1], plain[0]) and torch.equal(many[0], model.draw(["a cat"], [2])[0])
+    half = model.draw(PROMPT, [1], strength=lambda c: 0.5)
+    model.put({name: 0.75 * tensor.float() for name, tensor in cross_attention(MINI).items()})
+    assert torch.allclose(half, model.draw(PROMPT, [1]), atol=1e-5)
+    model.put({})
+    assert torch.equal(model.draw(PROMPT, [1]), plain) and (whole - plain).abs().max() > 0.05
 
 
 def test_long_prompts_are_cut_with_a_warning_that_says_where(tmp_path):

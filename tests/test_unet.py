@@ -95,6 +95,23 @@ def test_full_size_numbers():
     near(twin(UNet, theirs)(z, 981, context[:1]), theirs(z, 981, context[:1]).sample)
 
 
+# ---- attention probabilities ----
+
+def test_attention_probabilities_on_request_are_what_attention_uses():
+    unet, kept = UNet.from_pretrained(f"{MINI}/unet"), []
+    layers = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    layer, inputs = layers[0], []
+    layer.register_forward_hook(lambda module, args, y: inputs.append((*args, y)))
+    z, c = torch.randn(1, 4, 16, 16), torch.randn(1, 32, 256)
+    plain = unet(z, 500, c)
+    layer.seen = kept
+    assert torch.equal(unet(z, 500, c), plain) and len(kept) == 1
+    x, context, y = inputs[-1]
+    assert torch.allclose(kept[0].sum(-1), torch.ones(kept[0].shape[:-1])) and kept[0].shape[-1] == 32
+    v = layer.to_v(context).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+    assert torch.allclose(layer.to_out((kept[0] @ v).transpose(1, 2).flatten(2)), y, atol=1e-5)
+
+
 # ---- keys and values, memory, compiling ----
 
 PROMPT, T = ["a photo of an airplane"], 5
