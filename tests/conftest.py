@@ -1,17 +1,29 @@
-"""Set-up for every test: our modules can be imported, the reference libraries are offline and quiet."""
+"""Set-up for every test: our modules can be imported, the reference libraries are offline and quiet; what
+several test files start from."""
 import importlib
 import os
 import re
 import runpy
+import shutil
 import sys
 
+import numpy as np
 import pytest
+from filelock import FileLock
 
 # Before anything imports the libraries: they read these once.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
                   TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false",
                   OMP_NUM_THREADS="1",                            # pytest.ini starts two workers
                   CUDA_VISIBLE_DEVICES="")                        # bytes and tolerances are a CPU's
+pytest.register_assert_rewrite("helpers")
+from safetensors.torch import load_file
+
+import helpers
+from eval_clip import judge
+from helpers import AIRPLANE, CLOSED, MINI, SHIP
+from plumbing.cli import command_line
+from sample import Model, Text
 
 
 def pytest_addoption(parser):
@@ -28,11 +40,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: give --slow to run it"))
 
 
+# ---- programs ----
+
 @pytest.fixture(scope="session")
 def here():
     """Run a script's main in this process; returns nothing, or raises SystemExit with the exit status."""
-    from plumbing.cli import command_line                         # imports torch: after os.environ
-
     def start(script, *args, cwd):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(cwd)
@@ -57,3 +69,154 @@ def refused(here, capsys):
         assert len(errors) == 1 and errors[0].startswith("error: ") and re.search(match, errors[0]), errors
         assert sorted(cwd.rglob("*")) == before
     return check
+
+
+# ---- mini/, loaded for each test file anew, and damaged copies ----
+
+@pytest.fixture(scope="module")
+def model():
+    return Model(MINI)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return Text(MINI)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return judge(None, MINI, "cpu")
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A copy of mini/ to damage (without its CLIP, which erasing does not need)."""
+    shutil.copytree(MINI, tmp_path / "model",
+                    ignore=shutil.ignore_patterns("clip", "work", "*.py", "*.png", "*.md"))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def other(tmp_path):
+    """mini/ without its CLIP, linked; its U-Net may be replaced."""
+    (tmp_path / "model").mkdir()
+    for name in ("tokenizer", "text_encoder", "unet", "vae", "scheduler", "defaults.json"):
+        (tmp_path / "model" / name).symlink_to(MINI / name)
+    (tmp_path / "work").mkdir()
+    return tmp_path / "model"
+
+
+# ---- small networks, saved by the reference libraries ----
+
+@pytest.fixture
+def unet_folder(tmp_path):
+    helpers.theirs_unet(**helpers.UNETS["one level"]).save_pretrained(tmp_path / "unet")
+    return tmp_path / "unet"
+
+
+@pytest.fixture
+def vae_folder(tmp_path):
+    helpers.theirs_vae(**helpers.VAES["one layer"]).save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.fixture
+def text_folder(tmp_path):
+    helpers.theirs_text(**helpers.TEXTS["short"]).save_pretrained(tmp_path / "text_encoder")
+    return tmp_path / "text_encoder"
+
+
+# ---- what takes long to make: once for all workers, and only read by the tests ----
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make): a folder filled by make(folder), by the first worker that asks; others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent                                        # which the workers share
+
+    def filled(name, make):
+        folder, made = base / name, base / f"{name}.made"
+        with FileLock(base / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)         # another worker may have failed on the way
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+    return filled
+
+
+@pytest.fixture(scope="session")
+def edit(once):
+    return once("edit", lambda folder: helpers.erase(folder, "airplane")) / "airplane"
+
+
+@pytest.fixture(scope="session")
+def teapot(once):
+    """An edit whose concept is none of the ten classes."""
+    return once("teapot", lambda folder: helpers.erase(folder, "teapot")) / "teapot"
+
+
+@pytest.fixture(scope="session")
+def edits(here, once):
+    """Two edits made apart, with LoRAs of different ranks and seeds; and the same closed forms without."""
+    def make(folder):
+        few = ["--lora-steps", 1, "--no-pictures", "--set", "trajectories=2", "batch=1"]
+        here("realera.py", *AIRPLANE, *few, "--out", "a", cwd=folder)
+        here("realera.py", *SHIP, *few, "rank=2", "--seed", 5, "--out", "b", cwd=folder)
+        for name, concept in (("a closed", AIRPLANE), ("b closed", SHIP), ("joint", AIRPLANE + SHIP)):
+            here("realera.py", *concept, *CLOSED, "--out", name, cwd=folder)
+    return once("edits", make)
+
+
+@pytest.fixture(scope="session")
+def sd2(once):
+    """The folder of a small random model with the structure of Stable Diffusion 2.1-base."""
+    return once("sd2", lambda folder: helpers.write_model(folder / "model", helpers.V2)) / "model"
+
+
+@pytest.fixture(scope="session")
+def sd1(once):
+    """A folder, and the same model as a single file with everything else beside it."""
+    def make(root):
+        folder, alone = helpers.write_model(root / "model", helpers.V1), root / "alone"
+        shutil.copytree(folder, alone, ignore=shutil.ignore_patterns("*.safetensors"))
+        parts = {part: load_file(folder / part / f"{stem}.safetensors")
+                 for part, (_, stem) in helpers.NETWORKS.items()}
+        helpers.write_single_file(alone / "dream.safetensors", parts)
+    root = once("sd1", make)
+    return root / "model", root / "alone/dream.safetensors"
+
+
+@pytest.fixture(scope="session")
+def data(once):
+    """CIFAR-10's binary format with plain pictures: sky above, sea, street, grass or ground below."""
+    def make(folder):
+        rng = np.random.default_rng(0)
+        below = {8: (.2, .3, .45), 1: (.5, .5, .5), 9: (.45, .45, .45), 4: (.35, .5, .2), 7: (.3, .45, .2),
+                 5: (.5, .42, .32), 6: (.55, .45, .35)}
+        for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+            records = []
+            for label in np.tile(np.arange(10), 16):
+                picture = np.full((3, 32, 32), rng.uniform(0.1, 0.9))
+                picture[:, :16] = np.reshape((.5, .7, .9), (3, 1, 1))
+                picture[:, 16:] = np.reshape(below.get(label, (.5, .4, .4)), (3, 1, 1))
+                picture[:, 16:] += rng.normal(0, 0.025, (1, 16, 32)) + rng.uniform(-.03, .03)
+                picture[:, 8:24, 8:24] = rng.uniform(0, 1, (3, 1, 1))
+                records.append(bytes([label]) + (picture.clip(0, 1) * 255).astype(np.uint8).tobytes())
+            (folder / name).write_bytes(b"".join(records))
+    return once("cifar", make)
+
+
+@pytest.fixture(scope="session")
+def trained(data, once):
+    """A model folder of the tiny recipe, its work folder, the flags that made it, and what was printed."""
+    def args(root):
+        return ["--data", data, "--out", root / "model", "--work", root / "work", "--recipe", "tiny"]
+
+    def make(root):
+        assert "not finished" in helpers.train_mini(*args(root), "--minutes", 0).stdout
+        (root / "printed").write_text(helpers.train_mini(*args(root)).stdout, encoding="utf-8")
+    root = once("trained", make)
+    return root / "model", root / "work", args(root), (root / "printed").read_text(encoding="utf-8")

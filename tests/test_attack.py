@@ -7,8 +7,6 @@ import shutil
 import subprocess
 import sys
 import types
-from pathlib import Path
-from xml.etree import ElementTree
 
 import PIL.Image
 import pytest
@@ -17,10 +15,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from clip_text import CLIPTextConfig, CLIPTextModel
-from eval_clip import judge
-from experiments import attack, compare
+from experiments import attack
 from experiments.attack import Target, descend, encode, insert, matching_loss, simplex, straight_through
-from plumbing import making
+from helpers import MINI, ROOT, random
 from plumbing.disk import read_json
 from plumbing.edits import about_edit, cross_attention, read_edit, write_edit
 from plumbing.prompts import ASSOCIATED, BOOK, choices
@@ -29,14 +26,8 @@ from realera import Trajectories
 from sample import Model
 from unet import UNet, UNetConfig
 
-ROOT = Path(__file__).parent.parent
-MINI = ROOT / "mini"
 QUICK = ["--n", 1, "--choose", 1, "--budget", 2, "--seed", 5, "--model", "quick"]
 PROMPT = "a photo of the airplane"
-
-
-def random(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.fixture
@@ -56,11 +47,6 @@ def model():
     model = Model(MINI)
     model.defaults["steps"] = 4
     return model
-
-
-@pytest.fixture(scope="module")
-def clip():
-    return judge(None, MINI, "cpu")
 
 
 @pytest.fixture
@@ -451,36 +437,3 @@ def test_an_unknown_attack_is_named(here, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         here("experiments/attack.py", "--concept", "airplane", "--attack", "magic", cwd=tmp_path)
     assert end.value.code == 2 and "'magic'" in capsys.readouterr().err and not [*tmp_path.iterdir()]
-
-
-# ---- methods × attacks ----
-
-def test_the_plot_puts_each_method_at_what_is_lost_and_what_comes_back():
-    rows = [{"method": "a", "Acc_s": [100, 90, 100], "prefix": [0, 0, 5], "tokens": [100, 90, 100]},
-            {"method": "b", "Acc_s": [80, 70, 90], "prefix": [50, 40, 60], "tokens": [25, 10, 40]}]
-    drawing = ElementTree.fromstring(compare.plot(rows, ["prefix", "tokens"]))
-    svg = "{http://www.w3.org/2000/svg}"
-    circles = [(float(c.get("cx")), float(c.get("cy"))) for c in drawing.iter(f"{svg}circle")]
-    assert circles == [(60.0, 30.0), (480.0, 200.0)]              # nothing lost, all back; 20 % lost, half
-    words = [t.text for t in drawing.iter(f"{svg}text")]
-    assert {"a", "b", "0", "100", "20.0"} <= set(words)
-
-
-def test_every_method_is_made_by_its_own_script_and_only_once(tmp_path, monkeypatch):
-    started = []
-
-    def start(command, **_):
-        started.append(command)
-        Path(command[command.index("--out") + 1]).mkdir(parents=True)
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(making.subprocess, "run", start)
-    recipes = [compare.recipe_of(method, "cat", "float32") for method in compare.METHODS]
-    folders = [one.folder(tmp_path, "hash") for one in recipes]
-    for _ in range(2):
-        making.make_edits(recipes, tmp_path, "hash", "mini", "cpu")
-    assert len(set(folders)) == 4 and all(folder.is_dir() for folder in folders)
-    scripts = [Path(command[1]).name for command in started]
-    assert scripts == ["realera.py", "realera.py", "rece.py", "rece.py"]
-    both = started[-1]
-    assert Path(both[both.index("--edit") + 1]) == folders[1] and "--edit" not in started[-2]

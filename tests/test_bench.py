@@ -1,33 +1,19 @@
-"""bench.py as a user runs it; its baseline, counts and errors; and each trick that makes ours fast."""
+"""bench.py as a user runs it; its baseline, counts and errors."""
 import csv
 import json
 import re
-import runpy
-import shutil
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import realera
-from erasing import make_pairs
 from experiments import bench
-from lora import add_lora, lora_layers, lora_off
+from helpers import MINI, ROOT
 from plumbing import UserError
 from plumbing.cli import command_line
-from plumbing.edits import cross_attention
-from plumbing.models import MINI
-from plumbing.weights import NoInit, put_weights
-from sample import Model
-from unet import UNet
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
@@ -132,188 +118,6 @@ def test_the_peers_loop_solves_equation_7(outer):
     assert bench.distance(W0, found, W0) == pytest.approx(1)
 
 
-# ---- what makes ours faster ----
-
-PROMPT, T = ["a photo of an airplane"], 5
-
-
-@pytest.fixture
-def model():
-    return Model(Path(MINI))
-
-
-def without_cache(model):
-    """The model's picture if every step computes the text's keys and values anew."""
-    model.unet.read = lambda context: context
-    try:
-        return model.draw(PROMPT, [1], steps=3)
-    finally:
-        del model.unet.read
-
-
-def test_keys_and_values_computed_once_change_no_bit(model):
-    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 32, 256)
-    with torch.no_grad():
-        assert torch.equal(model.unet(x, T, model.unet.read(context)), model.unet(x, T, context))
-    assert torch.equal(model.draw(PROMPT, [1], steps=3), without_cache(model))
-
-
-def test_keys_and_values_are_never_those_of_an_earlier_edit_or_lora(model):
-    """One model drawing in turn untouched, edited, with LoRA, without: every picture is the uncached one."""
-    W0, pictures = cross_attention(MINI), []
-
-    def draw():
-        pictures.append(model.draw(PROMPT, [1], steps=3))
-        assert torch.equal(pictures[-1], without_cache(model))
-    draw()
-    put_weights(model.unet, {name: 0.5 * W.float() for name, W in W0.items()})
-    draw()
-    add_lora(model.unet, 2)
-    for layer in lora_layers(model.unet).values():
-        layer.lora_B.data.fill_(0.3)
-    draw()
-    with lora_off(model.unet):
-        draw()
-    put_weights(model.unet, W0)
-    with lora_off(model.unet):
-        draw()
-    untouched, edited, lora, off, again = pictures
-    assert torch.equal(edited, off) and torch.equal(untouched, again)
-    assert (untouched - edited).abs().max() > 0.01 and (edited - lora).abs().max() > 0.01
-
-
-class Waits(TorchDispatchMode):
-    """Counts, on the meta device in a GPU's place, what a GPU would have to be waited for: numbers, tensors
-    read from it (zeros here), and tensors sent to it, indices among them, but for pinned ones. Numbers on the
-    CPU, of no dimension, go along with a kernel."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        there = [x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
-                 and (x.is_meta or x.dim() or op is torch.ops.aten._to_copy.default)]
-        if op is torch.ops.aten._local_scalar_dense.default and any(there):
-            self.count += 1
-            return 1.0
-        if op is torch.ops.aten._to_copy.default and any(there) and kwargs.get("device") == CPU:
-            self.count += 1
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype"))
-        found = op(*args, **kwargs)
-        sent = not all(there) and isinstance(found, torch.Tensor) and found.is_meta
-        self.count += sent and not kwargs.get("non_blocking")
-        return found
-
-
-def test_no_step_of_drawing_or_training_waits_for_the_gpu(model):
-    def waits(run, *args):
-        with Waits() as found:
-            run(*args)
-        return found.count
-
-    there, s, W0 = Model(Path(MINI), "meta"), realera.Settings(lora_steps=2, batch=2), cross_attention(MINI)
-    pairs = make_pairs(["airplane"], ["sky"], "object", model.text, s.rows, 0)
-    way = pairs[0].e_star, torch.zeros(32, 256), 0, s.trajectories
-    there.defaults["steps"] = 3
-    assert waits(there.draw, PROMPT, [1]) == 3                    # ids, noise; the picture
-    assert waits(realera.trajectories, there, *way) == 2          # rows, noise
-    ways = [realera.trajectories(there, *way)]
-    add_lora(there.unet, 2)
-    assert waits(realera.align_noise, there, pairs, ways, W0, s) == len(W0) + 4      # both losses, twice
-
-
-class Held(TorchDispatchMode):
-    """Adds up what tensors on the meta device, in a GPU's place, would take: GiB now, and at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.known, self.now, self.most = set(), 0, 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        found = op(*args, **kwargs or {})
-        for x in tree_leaves(found):
-            if isinstance(x, torch.Tensor) and (memory := x.untyped_storage())._cdata not in self.known:
-                self.known.add(memory._cdata)
-                self.now += memory.nbytes() / 2 ** 30
-                self.most = max(self.most, self.now)
-                weakref.finalize(memory, self.free, memory._cdata, memory.nbytes() / 2 ** 30)
-        return found
-
-    def free(self, key, gib):
-        self.known.remove(key)
-        self.now -= gib
-
-
-@pytest.mark.parametrize("low_memory, weights, added", [(False, 1.6, 5.75), (True, 1.6, 1.3)])
-def test_memory_of_an_even_step_at_sd_size(low_memory, weights, added, monkeypatch):
-    """In bfloat16, with a GPU's attention, counted: what a GPU's convolutions need to work is not in it."""
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
-                        lambda *qkv: torch.ops.aten._scaled_dot_product_flash_attention(*qkv)[0])
-    with torch.device("meta"), Held() as held:
-        unet = UNet().to(torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_(False)
-        unet.low_memory = low_memory
-        add_lora(unet, 4)
-        z, c = torch.empty(8, 4, 64, 64).bfloat16(), torch.empty(8, 77, 768).bfloat16()
-        before = held.most = held.now
-        assert before == pytest.approx(weights, abs=0.05)
-        for term in realera.noise_alignment_loss(unet, z, T, z, c, c, z):
-            term.backward()
-    assert held.most - before == pytest.approx(added, abs=0.05)
-
-
-def test_loading_draws_no_weights_and_does_not_import_the_compiler():
-    """torch.compile's machinery takes longer to import than the text encoder to load."""
-    code = ("import sys, torch; from sample import Model; from pathlib import Path; torch.manual_seed(0);"
-            f"Model(Path({MINI!r})); a = torch.rand(1); torch.manual_seed(0);"
-            "assert torch.equal(a, torch.rand(1)) and 'torch._dynamo' not in sys.modules")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_layers_still_draw_their_weights_elsewhere():
-    with NoInit():
-        pass
-    torch.manual_seed(0)
-    assert torch.nn.Embedding(50, 20).weight.std().item() == pytest.approx(1, abs=0.1)
-
-
-def lora_gradients(low_memory):
-    """Of the square of mini's prediction, and how many numbers the forward pass keeps for the backward."""
-    unet, kept = UNet.from_pretrained(Path(MINI) / "unet"), []
-    add_lora(unet, 2)
-    for layer in lora_layers(unet).values():
-        layer.lora_B.data.fill_(0.1)
-    unet.low_memory = low_memory
-    generator = torch.Generator().manual_seed(0)
-    x, context = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 32, 256, generator=generator)
-    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y.numel()) or y, lambda y: y):
-        loss = unet(x, T, context).square().mean()
-    loss.backward()
-    with torch.no_grad():
-        assert torch.equal(unet(x, T, context).square().mean(), loss)
-    return {k: p.grad for k, p in unet.named_parameters() if p.requires_grad}, sum(kept)
-
-
-def test_low_memory_gives_the_same_gradients_and_keeps_less():
-    (expected, all_kept), (found, few_kept) = lora_gradients(False), lora_gradients(True)
-    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
-    assert all(gradient.abs().max() > 0 for gradient in found.values())
-    assert few_kept < all_kept / 2
-
-
-def test_low_memory_erases_to_the_same_bytes(tmp_path, monkeypatch):
-    """The teacher's matrices are in place while it predicts, not while the student's blocks run again."""
-    monkeypatch.chdir(tmp_path)
-    flags = ["--concept", "airplane", "--anchor", "sky", "--no-pictures", "--lora-steps", "2",
-             "--device", "cpu", "--set", "trajectories=2", "batch=2"]
-    for out, more in (("a", []), ("b", ["--low-memory"])):
-        monkeypatch.setattr(sys, "argv", ["realera.py", *flags, "--out", out, *more])
-        runpy.run_path(str(ROOT / "realera.py"), run_name="__main__")
-    a, b = (load_file(tmp_path / out / "erased.safetensors") for out in "ab")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.slow
 def test_the_unets_of_both_sides_can_be_compiled(tmp_path):
     done = run("--compile", "--only", "unet-1", "--runs", 1, "--device", "cpu", cwd=tmp_path)
@@ -322,18 +126,3 @@ def test_the_unets_of_both_sides_can_be_compiled(tmp_path):
     eager, _ = bench.Rows(Path(MINI), CPU, torch.float32, 1).unet(1)
     with torch.no_grad():
         assert row["GFLOP"] == pytest.approx(bench.flops(eager) / 1e9, abs=1e-3)     # compiled: none
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_compiled_once_for_all_steps(model, backend):
-    """A second trace fails. torch.compile's front half alone, and with its back half, a C++ compiler."""
-    if backend == "inductor" and not shutil.which("g++"):
-        pytest.skip("needs g++")
-    import torch._dynamo
-    torch._dynamo.reset()                                         # an earlier model may be compiled
-    expected = model.draw(PROMPT, [1], steps=5)
-    model.unet.compile(backend=backend)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(2):
-            assert (model.draw(PROMPT, [1], steps=5) - expected).abs().max() < 1e-5

@@ -1,21 +1,127 @@
-"""What every method shares: edits of any tensor, methods that change how a model draws, the change of text."""
+"""What every method shares: pairs, drift, the folder that it writes, its exports, and interruption;
+edits of any tensor, methods that change how a model draws, the change of text."""
 import json
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import erasing
-from diffusion import guided
+from erasing import drifts, make_pairs
+from helpers import AIRPLANE, CLOSED, MINI, ROOT, UNET, pair, run, same
+from lora import lora_deltas
 from plumbing import UserError
 from plumbing.edits import about_edit, cross_attention, original, read_edit
-from plumbing.models import MINI
+from plumbing.prompts import UNRELATED
 from plumbing.results import evaluate
-from sample import Model
-from unet import UNet
+from sample import Model, Text
+
+
+def test_pair_puts_blocks_where_they_belong():
+    p = pair()
+    assert torch.equal(p.block(), p.e[4:]) and torch.equal(p.block_star(), p.e_star[3:9])
+    context = p.context(torch.zeros(2, 6, 16, dtype=torch.float64))
+    assert torch.equal(context[1, :4], p.e[:4]) and context[:, 4:].abs().max() == 0
+
+
+def test_edited_rows_where_padding_is_no_end_of_text(sd2):
+    """The last token of the concept, the one end-of-text token, and padding."""
+    text = Text(sd2)
+    pair, = make_pairs(["airplane!"], ["sky"], "object", text, "tail", 0)
+    ids = text.tokenizer(["a photo of the airplane!"])[0].tolist()
+    assert ids[pair.start:pair.start + 3] == [0, text.tokenizer.eos, 0] and set(ids[pair.start + 2:]) == {0}
+    assert pair.n == 77 - pair.start
+
+
+@pytest.mark.parametrize("concept, left_out", [("truck", {"lorry"}), ("moon", {"moon"}), ("airplane", set())])
+def test_drift_is_the_median_over_what_names_neither_concept_nor_anchor(concept, left_out):
+    text = Text(MINI)
+    pairs, delta = make_pairs([concept], ["sky"], "object", text, "tail", 0), torch.randn(256, 256).double()
+    nouns = [noun for noun in UNRELATED if noun not in left_out]
+    rows = text([f"a photo of the {noun}" for noun in nouns]).double()
+    moved = (rows @ delta.T).flatten(1).norm(dim=1) / rows.flatten(1).norm(dim=1)
+    assert len(nouns) == 30 - len(left_out)
+    found = drifts(delta, pairs, text)["median drift of unrelated prompts"]
+    assert found == pytest.approx(np.median(moved.numpy()), rel=1e-6)
+
+
+def test_capitals_are_moot_as_clip_reads_none(here, tmp_path):
+    for out, concept, anchor in (("a", "airplane", "sky"), ("b", "AirPlane", "SKY")):
+        here("realera.py", "--concept", concept, "--anchor", anchor, "--lora-steps", 0, "--no-pictures",
+             "--out", out, cwd=tmp_path)
+    a, b = ((tmp_path / out / "erased.safetensors").read_bytes() for out in "ab")
+    assert a == b and about_edit(tmp_path / "b")["concepts"] == ["airplane"]      # as in captions.json
+
+
+def test_existing_folder_is_kept_unless_overwrite_is_given(refused, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("precious")
+    args = [*AIRPLANE, "--lora-steps", 0, "--no-pictures", "--out", "out"]
+    refused("realera.py", *args, "--overwrite", cwd=tmp_path, match="out is no edit folder")
+    (tmp_path / "out/erased.safetensors").write_text("an edit")
+    refused("realera.py", *args, cwd=tmp_path, match="--overwrite")
+    (tmp_path / ".out.old").mkdir()                               # as a killed run may leave it
+    (tmp_path / ".out.old/half").write_text("left over")
+    run("realera.py", *args, "--overwrite", cwd=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["erased.safetensors", "run.json"]
+
+
+def test_flags_of_realera_export_what_it_wrote(here, tmp_path):
+    here("realera.py", *AIRPLANE, *CLOSED, "--export", "sd", "--export-lora", 8, cwd=tmp_path)
+    out = tmp_path / "out/airplane"
+    erased = load_file(out / "erased.safetensors")
+    assert same(load_file(tmp_path / "sd" / UNET), load_file(MINI / UNET) | erased)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "erased.safetensors", "lora_rank8.safetensors", "lora_rank8_kohya.safetensors", "run.json"]
+    error = json.loads((out / "run.json").read_text())["LoRA error"]
+    with safe_open(out / "lora_rank8.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["edit"])["error"] == error
+    W0, W = cross_attention(MINI), read_edit(out, MINI)
+    missed = [(W[name] - W0[name]).float() - delta for name, delta in
+              lora_deltas(out / "lora_rank8.safetensors").items()]
+    moved = [(W[name] - W0[name]).float() for name in W0]
+    norms = [sum(x.square().sum() for x in group).sqrt().item() for group in (missed, moved)]
+    assert error == pytest.approx(norms[0] / norms[1], rel=1e-2)          # the file is rounded to float16
+
+
+@pytest.mark.parametrize("args, match", [
+    (["--export-lora", "0"], "at least 1"), (["--export", "there"], "there exists.*--export"),
+    (["--export", "out/airplane"], "apart"), (["--export", "out/airplane/sd"], "apart"),
+    (["--export", "deep", "--out", "deep/edit"], "apart"),
+    (["--preview", "there/p.txt", "--export", "sd"], "writes nothing"),
+    (["--preview", "nowhere.txt"], "not a text file"), (["--preview", "there"], "not a text file"),
+    (["--preview", "there/binary"], "not a text file"), (["--preview", "there/empty"], "no prompt")])
+def test_realera_refuses_bad_exports_and_previews(refused, tmp_path, args, match):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/p.txt").write_text("a cat\n")
+    (tmp_path / "there/binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "there/empty").write_text("\n \n")
+    refused("realera.py", *AIRPLANE, *CLOSED, *args, cwd=tmp_path, match=match)
+
+
+def test_interruption_leaves_nothing_behind(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "realera.py", *AIRPLANE, "--lora-steps", "2000"],
+                               cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("out/.*.partial")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- methods of one's own ----
 
 PROMPT = ["a photo of the airplane"]
 CONV = '''"""A method that changes a convolution and a bias.
@@ -41,7 +147,7 @@ def erase(job, s):
 if __name__ == "__main__":
     run("Conv", __doc__, Settings, erase)
 '''
-GUIDE = CONV.replace("A method that changes a convolution and a bias", "A method that changes how a model draws").replace(
+GUIDE = CONV.replace("changes a convolution and a bias", "changes how a model draws").replace(
     '''    W = original(job.model_folder, ["conv_out.weight", "conv_out.bias"])
     return {name: s.times * tensor.float() for name, tensor in W.items()}
 ''', '''    job.drawing = {"guide": lambda u, c, t: u}
@@ -107,32 +213,6 @@ def test_a_method_that_changes_how_a_model_draws_leaves_a_report_alone(own, tmp_
         own(GUIDE, "--no-pictures", "--out", "other", "--overwrite")
 
 
-def test_draw_takes_other_rows_another_guidance_and_a_part_of_an_edit(model):
-    plain, seen, scale = model.draw(PROMPT, [1]), [], model.defaults["guidance"]
-
-    def guide(u, c, t, more):
-        seen.append((u - more).abs().max().item())
-        return guided(u, c, scale)
-
-    assert torch.equal(model.draw(PROMPT, [1], rows=lambda c: c), plain)
-    assert torch.equal(model.draw(["a cat"], [1], rows=lambda c: model.text(PROMPT)), plain)
-    same = model.draw(PROMPT, [1], guide=guide, beside=model.text([""]))
-    assert (same - plain).abs().max() < 1e-3 and len(seen) == 2 and max(seen) < 1e-4
-    W = {name: 0.5 * tensor for name, tensor in cross_attention(MINI).items()}
-    model.put(W)
-    whole = model.draw(PROMPT, [1])
-    for m, expected in ((0.0, plain), (1.0, whole)):
-        assert torch.equal(model.draw(PROMPT, [1], strength=lambda c: m), expected)
-    many = model.draw(["a cat", *PROMPT], [2, 1], strength=lambda c: 1.0 if torch.equal(
-        c, model.text(["a cat"])[0]) else 0.0)
-    assert torch.equal(many[1], plain[0]) and torch.equal(many[0], model.draw(["a cat"], [2])[0])
-    half = model.draw(PROMPT, [1], strength=lambda c: 0.5)
-    model.put({name: 0.75 * tensor.float() for name, tensor in cross_attention(MINI).items()})
-    assert torch.allclose(half, model.draw(PROMPT, [1]), atol=1e-5)
-    model.put({})
-    assert torch.equal(model.draw(PROMPT, [1]), plain) and (whole - plain).abs().max() > 0.05
-
-
 def test_pictures_of_an_edit_beyond_keys_and_values_are_kept_apart(model, tmp_path):
     clip = erasing.CLIP.from_pretrained(f"{MINI}/clip")
     job = [(PROMPT[0], 1)]
@@ -155,26 +235,3 @@ def test_the_change_of_text_is_the_closed_forms_own_and_the_best_for_any_other_e
     assert (erasing.text_change(W0, W) - best).abs().max() < 1e-5
     with pytest.raises(UserError, match="keys and values alone"):
         erasing.text_change(W0, {"conv": torch.ones(2)})
-
-
-def test_attention_probabilities_on_request_are_what_attention_uses():
-    unet, kept = UNet.from_pretrained(f"{MINI}/unet"), []
-    layers = [module for name, module in unet.named_modules() if name.endswith("attn2")]
-    layer, inputs = layers[0], []
-    layer.register_forward_hook(lambda module, args, y: inputs.append((*args, y)))
-    z, c = torch.randn(1, 4, 16, 16), torch.randn(1, 32, 256)
-    plain = unet(z, 500, c)
-    layer.seen = kept
-    assert torch.equal(unet(z, 500, c), plain) and len(kept) == 1
-    x, context, y = inputs[-1]
-    assert torch.allclose(kept[0].sum(-1), torch.ones(kept[0].shape[:-1])) and kept[0].shape[-1] == 32
-    v = layer.to_v(context).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-    assert torch.allclose(layer.to_out((kept[0] @ v).transpose(1, 2).flatten(2)), y, atol=1e-5)
-
-
-def test_uce_is_rece_without_rounds_bit_for_bit(here, tmp_path):
-    flags = ["--concept", "airplane", "--anchor", "sky", "--no-pictures"]
-    here("baselines/uce.py", *flags, cwd=tmp_path)
-    here("rece.py", *flags, "--rounds", 0, cwd=tmp_path)
-    a, b = (load_file(tmp_path / f"out/airplane-{name}/erased.safetensors") for name in ("uce", "rece"))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

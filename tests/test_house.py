@@ -105,3 +105,11 @@ def test_the_list_of_methods_names_each_with_its_first_line(tmp_path):
     for path in [Path("realera.py"), Path("rece.py"), *(p for p in FILES if p.parts[0] == "baselines")]:
         doc = ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8")))
         assert f"{path.as_posix()} " in done.stdout and doc.splitlines()[0] in done.stdout
+
+
+def test_files_keep_their_ceilings():
+    """No file exceeds 110 columns, nor 320 lines in the root and 330 elsewhere (training: 700)."""
+    for path in FILES:
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        most = 320 if len(path.parts) == 1 else 700 if path.name == "train.py" else 330
+        assert len(lines) <= most and max(map(len, lines), default=0) <= 110, path

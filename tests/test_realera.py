@@ -1,27 +1,36 @@
-"""The method: each equation computed a second, naive way, and what must hold by construction."""
+"""The method: each equation computed a second, naive way, and what must hold by construction; the command."""
+import json
 import math
 import random
 import re
+import runpy
+import sys
 import weakref
 from pathlib import Path
 
+import diffusers
+import numpy as np
+import PIL.Image
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import realera
-from erasing import Pair, edited, make_pairs
+from erasing import edited, make_pairs
+from helpers import AIRPLANE, MINI, QUICK, ROOT, SHIP, pair, rng, run, same_pictures
 from lora import add_lora, lora_layers
 from plumbing import UserError
+from plumbing.edits import cross_attention, read_edit
+from plumbing.prompts import preserved_prompts
 from realera import (Settings, Trajectories, align_noise, beyond_concepts, closed_form, erase_in_closed_form,
                      neighbor_concepts, noise_alignment_loss, original, radius_at, towards_noise)
-from sample import Text
+from sample import Model, Text
+from unet import UNet
 
-ROOT = Path(__file__).parent.parent
 S = Settings()
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def block(seed=0, n=6, width=16, size=40.0):
@@ -200,12 +209,6 @@ def test_condition_number_is_that_of_B():
     assert closed_form(E, E_star, P, 0.1, 0.2)[1] == pytest.approx(torch.linalg.cond(B, 1).item())
 
 
-def pair(name="airplane", seed=7, T=10, D=16, n=6):
-    g = rng(seed)
-    e, e_star = (torch.randn(T, D, generator=g, dtype=torch.float64) for _ in range(2))
-    return Pair(name, "sky", e, e_star, T - n, T - n - 1, n, seed)
-
-
 def test_order_of_concepts_is_moot_and_the_seed_gives_the_same_bytes():
     stay = torch.randn(1, 10, 16, generator=rng(9))
     pairs = [pair("airplane", 7), pair("ship", 8)]
@@ -237,11 +240,15 @@ def test_reach_moves_the_target_beyond_the_anchor():
     assert torch.allclose(twice[1] - once[1], shift)
 
 
-def test_pair_puts_blocks_where_they_belong():
-    p = pair()
-    assert torch.equal(p.block(), p.e[4:]) and torch.equal(p.block_star(), p.e_star[3:9])
-    context = p.context(torch.zeros(2, 6, 16, dtype=torch.float64))
-    assert torch.equal(context[1, :4], p.e[:4]) and context[:, 4:].abs().max() == 0
+def test_pairs_shuffled_give_the_same_edit_through_make_pairs():
+    text = Text(ROOT / "mini")
+    names = [("airplane", "sky"), ("ship", "street"), ("frog", "ground")]
+    edits = []
+    for order in range(2):
+        random.Random(order).shuffle(names)
+        pairs = make_pairs([c for c, _ in names], [a for _, a in names], "object", text, "tail", 0)
+        edits.append(erase_in_closed_form(pairs, text([""]), S)[0])
+    assert torch.equal(*edits)
 
 
 # ---- noise alignment ----
@@ -366,20 +373,243 @@ def test_teacher_is_the_original_and_the_student_comes_back_even_after_an_error(
     assert torch.equal(model.unet(x, 5, c), student) and not torch.equal(student, clean(x, 5, c))
 
 
+def test_gradients_of_half_precision_do_not_underflow():
+    """The first Adam step has the signs of the gradient: nearly the same ones in float16 as in float32."""
+    signs = []
+    for dtype in (torch.float32, torch.float16):
+        model = Model(MINI, dtype=dtype)
+        model.defaults["steps"] = 2
+        s = realera.Settings(lora_steps=1, trajectories=2, batch=1, M=0, N=0)
+        pairs = make_pairs(["airplane"], ["sky"], "object", model.text, s.rows, 0)
+        W0 = cross_attention(MINI)
+        delta, _ = realera.erase_in_closed_form(pairs, model.text([""]), s)
+        ways = [realera.trajectories(model, pairs[0].e_star, model.text([""])[0], pairs[0].seed, 2)]
+        realera.add_lora(model.unet, s.rank)
+        realera.put_weights(model.unet, realera.edited(W0, delta))
+        realera.align_noise(model, pairs, ways, W0, s)
+        signs.append(torch.cat([layer.lora_B.detach().flatten().sign()
+                                for layer in realera.lora_layers(model.unet).values()]))
+    assert (signs[0] == signs[1]).float().mean() > 0.9
+
+
+# ---- what a GPU would do, counted without one ----
+
+CPU = torch.device("cpu")
+PROMPT, T = ["a photo of an airplane"], 5
+
+
+class Waits(TorchDispatchMode):
+    """Counts, on the meta device in a GPU's place, what a GPU would have to be waited for: numbers, tensors
+    read from it (zeros here), and tensors sent to it, indices among them, but for pinned ones. Numbers on the
+    CPU, of no dimension, go along with a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        there = [x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+                 and (x.is_meta or x.dim() or op is torch.ops.aten._to_copy.default)]
+        if op is torch.ops.aten._local_scalar_dense.default and any(there):
+            self.count += 1
+            return 1.0
+        if op is torch.ops.aten._to_copy.default and any(there) and kwargs.get("device") == CPU:
+            self.count += 1
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype"))
+        found = op(*args, **kwargs)
+        sent = not all(there) and isinstance(found, torch.Tensor) and found.is_meta
+        self.count += sent and not kwargs.get("non_blocking")
+        return found
+
+
+def test_no_step_of_drawing_or_training_waits_for_the_gpu(model):
+    def waits(run, *args):
+        with Waits() as found:
+            run(*args)
+        return found.count
+
+    there, s, W0 = Model(Path(MINI), "meta"), realera.Settings(lora_steps=2, batch=2), cross_attention(MINI)
+    pairs = make_pairs(["airplane"], ["sky"], "object", model.text, s.rows, 0)
+    way = pairs[0].e_star, torch.zeros(32, 256), 0, s.trajectories
+    there.defaults["steps"] = 3
+    assert waits(there.draw, PROMPT, [1]) == 3                    # ids, noise; the picture
+    assert waits(realera.trajectories, there, *way) == 2          # rows, noise
+    ways = [realera.trajectories(there, *way)]
+    add_lora(there.unet, 2)
+    assert waits(realera.align_noise, there, pairs, ways, W0, s) == len(W0) + 4      # both losses, twice
+
+
+class Held(TorchDispatchMode):
+    """Adds up what tensors on the meta device, in a GPU's place, would take: GiB now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        found = op(*args, **kwargs or {})
+        for x in tree_leaves(found):
+            if isinstance(x, torch.Tensor) and (memory := x.untyped_storage())._cdata not in self.known:
+                self.known.add(memory._cdata)
+                self.now += memory.nbytes() / 2 ** 30
+                self.most = max(self.most, self.now)
+                weakref.finalize(memory, self.free, memory._cdata, memory.nbytes() / 2 ** 30)
+        return found
+
+    def free(self, key, gib):
+        self.known.remove(key)
+        self.now -= gib
+
+
+@pytest.mark.parametrize("low_memory, weights, added", [(False, 1.6, 5.75), (True, 1.6, 1.3)])
+def test_memory_of_an_even_step_at_sd_size(low_memory, weights, added, monkeypatch):
+    """In bfloat16, with a GPU's attention, counted: what a GPU's convolutions need to work is not in it."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *qkv: torch.ops.aten._scaled_dot_product_flash_attention(*qkv)[0])
+    with torch.device("meta"), Held() as held:
+        unet = UNet().to(torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_(False)
+        unet.low_memory = low_memory
+        add_lora(unet, 4)
+        z, c = torch.empty(8, 4, 64, 64).bfloat16(), torch.empty(8, 77, 768).bfloat16()
+        before = held.most = held.now
+        assert before == pytest.approx(weights, abs=0.05)
+        for term in realera.noise_alignment_loss(unet, z, T, z, c, c, z):
+            term.backward()
+    assert held.most - before == pytest.approx(added, abs=0.05)
+
+
+# ---- the command ----
+
+def pixels(path):
+    return np.asarray(PIL.Image.open(path)).astype(int)
+
+
+@pytest.fixture(scope="module")
+def edit(tmp_path_factory):
+    """An erasure with two LoRA steps, made once."""
+    folder = tmp_path_factory.mktemp("edit")
+    done = run("realera.py", "--concept", "airplane", "--anchor", "sky", *QUICK, cwd=folder)
+    return folder / "out/airplane", done.stdout
+
+
+def test_erasing_writes_the_edit_and_reports(edit):
+    out, printed = edit
+    assert sorted(p.name for p in out.iterdir()) == ["before_after.png", "erased.safetensors",
+                                                     "residual_lora.safetensors", "run.json"]
+    for part in ("cond(B)", "‖ΔW‖/‖W‖", 'drift of ""', "Eq. 8", "Eq. 9", "a photo of the airplane",
+                 "seconds:"):
+        assert part in printed
+    report = json.loads((out / "run.json").read_text())
+    assert report["seconds"].keys() == {"text", "closed form", "trajectories", "noise alignment", "pictures"}
+    assert len(report["table"]) == 8 and report["table"][0]["prompt"] == "a photo of the airplane"
+    with safe_open(out / "erased.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["edit"])
+    assert about["concepts"] == ["airplane"] and about["anchors"] == ["sky"] and about["method"] == "RealEra"
+    assert about["settings"]["lora_steps"] == 2 and len(about["base_hash"]) == 64
+
+
+def test_the_edit_is_closed_form_plus_lora_in_the_dtype_of_the_file(edit):
+    out, _ = edit
+    W0, W = cross_attention(MINI), load_file(out / "erased.safetensors")
+    assert W.keys() == W0.keys() and all(W[k].dtype == W0[k].dtype and W[k].shape == W0[k].shape for k in W)
+    text, s = Text(MINI), realera.Settings()
+    pairs = make_pairs(["airplane"], ["sky"], "object", text, s.rows, 0)
+    stay = text(preserved_prompts("object", pairs))
+    expected = realera.edited(W0, realera.erase_in_closed_form(pairs, stay, s)[0])
+    lora = load_file(out / "residual_lora.safetensors")
+    for name, matrix in expected.items():
+        layer = f"unet.{name.removesuffix('.weight')}"
+        matrix = matrix + lora[f"{layer}.lora_B.weight"] @ lora[f"{layer}.lora_A.weight"]
+        assert torch.equal(W[name], matrix.to(W[name].dtype))
+
+
+def test_edit_loads_in_diffusers_and_gives_our_pictures(edit):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(MINI)
+    missing, unexpected = pipe.unet.load_state_dict(load_file(edit[0] / "erased.safetensors"), strict=False)
+    assert unexpected == []
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    ours = Model(MINI)
+    ours.put(read_edit(edit[0], MINI))
+    theirs = pipe("a photo of the airplane", latents=ours.noise([1]), num_inference_steps=5,
+                  guidance_scale=3.0, height=32, width=32, output_type="pt").images
+    picture = ours.draw(["a photo of the airplane"], [1], steps=5, guidance=3.0)
+    assert (picture - theirs.float()).abs().max() <= 1 / 255
+    before = Model(MINI).draw(["a photo of the airplane"], [1], steps=5, guidance=3.0)
+    assert (picture - before).abs().max() > 0.1
+
+
+def test_before_after_picture_has_a_row_per_prompt(edit):
+    height, width, _ = pixels(edit[0] / "before_after.png").shape
+    side = (width - 2) // 2
+    assert height == 8 * side + 2
+
+
+def test_same_seed_same_bytes_and_the_order_of_concepts_is_moot(tmp_path):
+    args = ["--lora-steps", 0, "--no-pictures"]
+    run("realera.py", *AIRPLANE, *SHIP, *args, "--out", "a", cwd=tmp_path)
+    run("realera.py", *SHIP, *AIRPLANE, *args, "--out", "b", cwd=tmp_path)
+    run("realera.py", *SHIP, *AIRPLANE, *args, "--out", "c", "--seed", 1, cwd=tmp_path)
+    paths = [tmp_path / x / "erased.safetensors" for x in "abc"]
+    a, b, c = map(load_file, paths)
+    assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_low_memory_erases_to_the_same_bytes(tmp_path, monkeypatch):
+    """The teacher's matrices are in place while it predicts, not while the student's blocks run again."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--concept", "airplane", "--anchor", "sky", "--no-pictures", "--lora-steps", "2",
+             "--device", "cpu", "--set", "trajectories=2", "batch=2"]
+    for out, more in (("a", []), ("b", ["--low-memory"])):
+        monkeypatch.setattr(sys, "argv", ["realera.py", *flags, "--out", out, *more])
+        runpy.run_path(str(ROOT / "realera.py"), run_name="__main__")
+    a, b = (load_file(tmp_path / out / "erased.safetensors") for out in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_erasing_from_sd_2_1_base(sd2, here, tmp_path, capsys):
+    """Closed form and LoRA; what they write means the same in diffusers."""
+    here("realera.py", *AIRPLANE, "--model", sd2, *QUICK, "--out", "edit", cwd=tmp_path)
+    printed = capsys.readouterr().out
+    assert "Eq. 8" in printed and "Eq. 9" in printed
+    edit, W0 = load_file(tmp_path / "edit/erased.safetensors"), cross_attention(sd2)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(sd2)
+    assert edit.keys() == W0.keys() and not any(torch.equal(edit[name], W0[name]) for name in W0)
+    assert pipe.unet.load_state_dict(edit, strict=False).unexpected_keys == []
+    ours = Model(sd2)
+    ours.put(read_edit(tmp_path / "edit", sd2))
+    same_pictures(ours, pipe)
+
+
+def test_bad_input_ends_a_process_with_status_2_and_one_line(tmp_path):
+    """The same as a user sees it, once."""
+    done = run("realera.py", "--concept", "", cwd=tmp_path, status=2)
+    assert done.stderr == "error: --concept is empty\n" and done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("args, match", [
+    (["--concept", ""], "empty"), (["--concept", "  "], "empty"),
+    (["--concept", "sky", "--anchor", " Sky"], "own anchor"),
+    (["--concept", "a", "--concept", "b", "--anchor", "sky"], "2 concepts but 1 anchor"),
+    (["--concept", "cat", "--concept", "Cat"], "twice"), (["--concept", "cat " * 60], "fit into 32"),
+    ([*AIRPLANE, "--set", "S1=0.5", "S2=0.6"], "S2"), ([*AIRPLANE, "--set", "D2=0.1"], "D2"),
+    ([*AIRPLANE, "--set", "M=-1"], "M"), ([*AIRPLANE, "--lora-steps", "-1"], "lora_steps"),
+    ([*AIRPLANE, "--set", "lambda2=0", "M=0", "N=0", "real_prompts=false"], "lambda2"),
+    ([*AIRPLANE, "--set", "M=five"], "M="),
+    ([*AIRPLANE, "--set", "D7=1"], "no setting"), ([*AIRPLANE, "--set", "D1=0.01"], "neighbor"),
+    ([*AIRPLANE, "--n", "0"], "--n"), ([*AIRPLANE, "--device", "cuda"], "not available"),
+    ([*AIRPLANE, "--model", "nowhere"], "no such folder"), ([*AIRPLANE, "--seed", "-1"], "seed"),
+    ([*AIRPLANE, "--out", ".", "--overwrite"], "no edit folder")])
+def test_realera_refuses_bad_input(refused, tmp_path, args, match):
+    refused("realera.py", *args, cwd=tmp_path, match=match)
+
+
 # ---- how the code reads ----
 
 def test_every_displayed_equation_is_named_exactly_once():
     sources = [*ROOT.glob("*.py"), ROOT / "mini/train.py"]
     named = re.findall(r"# Eq\. \((\d+)\)", "\n".join(path.read_text() for path in sources))
     assert sorted(map(int, named)) == list(range(1, 10))
-
-
-def test_pairs_shuffled_give_the_same_edit_through_make_pairs():
-    text = Text(ROOT / "mini")
-    names = [("airplane", "sky"), ("ship", "street"), ("frog", "ground")]
-    edits = []
-    for order in range(2):
-        random.Random(order).shuffle(names)
-        pairs = make_pairs([c for c, _ in names], [a for _, a in names], "object", text, "tail", 0)
-        edits.append(erase_in_closed_form(pairs, text([""]), S)[0])
-    assert torch.equal(*edits)

@@ -3,7 +3,6 @@ import json
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -13,19 +12,13 @@ from safetensors.torch import load_file
 
 import rece
 from erasing import Pair, edited, gram
+from helpers import AIRPLANE, MINI, ROOT, random
 from plumbing import UserError
 from plumbing.edits import about_edit, cross_attention, read_edit, write_edit
 from rece import Settings, derive, erase_rows, iterate, regained
 from sample import Model
 
-ROOT = Path(__file__).parent.parent
-MINI = ROOT / "mini"
 D, I = 8, torch.eye(8, dtype=torch.float64)
-AIRPLANE = ["--concept", "airplane", "--anchor", "sky"]
-
-
-def random(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def problem(started: bool):
@@ -149,6 +142,17 @@ def test_a_lambda_lost_beside_the_gram_matrix_is_an_error():
         derive(I - torch.ones(D, D, dtype=torch.float64) / D, I, I, random(3, D, seed=0), 1e-30)
 
 
+def test_drift_is_from_the_original_also_on_top_of_an_edit():
+    """Of an edit W₁ = W₀ (I + Δ) the matrix that the drift is measured with is (I + Δ) T − I."""
+    D, generator = 12, torch.Generator().manual_seed(0)
+    W0 = {str(i): torch.randn(30, D, generator=generator).double() for i in range(3)}
+    delta, T = (torch.randn(D, D, generator=generator).double() / 5 for _ in range(2))
+    W1 = {name: W + W @ delta for name, W in W0.items()}
+    I = torch.eye(D).double()
+    moved = torch.linalg.solve(rece.gram(W0, W0), rece.gram(W1, W0).T @ (I + T)) - I
+    assert torch.allclose(moved, (I + delta) @ (I + T) - I, atol=1e-10)
+
+
 # ---- pictures ----
 
 @pytest.fixture(scope="module")
@@ -156,15 +160,6 @@ def model():
     model = Model(MINI)
     model.defaults["steps"] = 2
     return model
-
-
-def test_rows_in_place_of_prompts_draw_the_same_pictures(model):
-    prompts, seeds = ["a photo of the airplane", "a photo of the ship", "a photo of the airplane"], [1, 2, 3]
-    pictures = model.draw(prompts, seeds)
-    for batch in (None, 2):
-        assert torch.equal(model.draw(model.text(prompts).double(), seeds, batch=batch),
-                           model.draw(prompts, seeds, batch=batch))
-    assert (pictures[0] - pictures[1]).abs().max() > 0.1 < (pictures[0] - pictures[2]).abs().max()
 
 
 def sheet(path):
@@ -291,17 +286,6 @@ def test_same_seed_same_bytes_and_the_order_of_concepts_is_moot(here, tmp_path):
     assert a == b == c
     here("rece.py", *two[0], "--rounds", 1, "--no-pictures", "--out", "d", cwd=tmp_path)
     assert a != (tmp_path / "d/erased.safetensors").read_bytes()
-
-
-def test_drift_is_from_the_original_also_on_top_of_an_edit():
-    """Of an edit W₁ = W₀ (I + Δ) the matrix that the drift is measured with is (I + Δ) T − I."""
-    D, generator = 12, torch.Generator().manual_seed(0)
-    W0 = {str(i): torch.randn(30, D, generator=generator).double() for i in range(3)}
-    delta, T = (torch.randn(D, D, generator=generator).double() / 5 for _ in range(2))
-    W1 = {name: W + W @ delta for name, W in W0.items()}
-    I = torch.eye(D).double()
-    moved = torch.linalg.solve(rece.gram(W0, W0), rece.gram(W1, W0).T @ (I + T)) - I
-    assert torch.allclose(moved, (I + delta) @ (I + T) - I, atol=1e-10)
 
 
 def test_preview_writes_nothing(here, tmp_path, capsys):

@@ -1,85 +1,21 @@
-"""Our tokenizer against transformers' CLIPTokenizer, id by id, on strings that are hard to split."""
+"""Tokenizer and text encoder against transformers': ids of hard strings, rows of each layer."""
 import gzip
 import importlib
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file
 
-from clip_text import BOS, EOS, CLIPTokenizer
+from clip_text import BOS, EOS, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from helpers import (MERGES, OFFICIAL_TEXT, OFFICIAL_TEXT_21, TEXTS, edit_json, edit_tensors, merge, near,
+                     norms, reference, same_at_full_size, shapes, symbols, theirs_text, write_padding,
+                     write_vocabulary)
 from plumbing import UserError
-
-# ---- a small vocabulary in CLIP's form ----
-
-CORPUS = """a photo of a cat and a photo of the dog, an oil painting of the river at night by van gogh.
-the quick brown fox jumps over the lazy dog; pictures, pictured, picturing! don't, they've, we'll, it's, i'm.
-an astronaut riding a horse on the moon in the style of claude monet, highly detailed, 8k, 1984, trending.
-café naïve façade señor über straße garçon résumé 日本語 日本 の 写真 привет мир مرحبا 😀 😀 👍 ελλάς — “quoted” …"""
-
-
-def byte_symbols():
-    """OpenAI's printable stand-in for each byte, in the order of the official vocabulary."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return dict(zip(plain + others, map(chr, plain + [256 + i for i in range(len(others))])))
-
-
-def symbols(word):
-    """A word before any merge: one symbol a byte, the last with the mark of a word's end."""
-    letters = [byte_symbols()[byte] for byte in word.encode()]
-    return letters[:-1] + [letters[-1] + "</w>"]
-
-
-def merge(pieces, pair):
-    done, i = [], 0
-    while i < len(pieces):
-        both = tuple(pieces[i:i + 2]) == pair
-        done.append("".join(pair) if both else pieces[i])
-        i += 2 if both else 1
-    return done
-
-
-def learn_merges(text, n=150):
-    words = Counter(re.findall(r"[^\W\d_]+|\d|[^\s\w]+", text.lower()))
-    split = {word: symbols(word) for word in words}
-    merges = []
-    for _ in range(n):
-        pairs = Counter()
-        for word, pieces in split.items():
-            for pair in zip(pieces, pieces[1:]):
-                pairs[pair] += words[word]
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        split = {word: merge(pieces, best) for word, pieces in split.items()}
-    return merges
-
-
-TOKEN = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-SPECIALS = {"bos_token": {"content": BOS} | TOKEN, "eos_token": {"content": EOS} | TOKEN,
-            "unk_token": {"content": EOS} | TOKEN, "pad_token": EOS}
-SETTINGS = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": 77,
-            "name_or_path": "openai/clip-vit-large-patch14", "tokenizer_class": "CLIPTokenizer",
-            "special_tokens_map_file": "./special_tokens_map.json"}
-MERGES = learn_merges(CORPUS)
-
-
-def write_vocabulary(folder, merges=MERGES):
-    """The four files of an official tokenizer folder."""
-    base = list(byte_symbols().values())
-    tokens = [*base, *(symbol + "</w>" for symbol in base), *("".join(pair) for pair in merges), BOS, EOS]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    official = {key: {"__type": "AddedToken"} | value if isinstance(value, dict) else value
-                for key, value in SPECIALS.items()}
-    (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS | official))
-    (folder / "special_tokens_map.json").write_text(json.dumps(SPECIALS))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +25,7 @@ def folder(tmp_path_factory):
 
 # ---- hard strings ----
 
-TEXTS = [
+STRINGS = [
     # nothing, and kinds of space
     "", " ", "  ", "\n", "\t", "\r\n", " \t\n ", "\u00a0", "\u2003", "\u3000", "\u200b", "\u2028\u2029",
     "\x85", "a  photo", " a photo ", "a\nphoto", "a\tphoto", "a\r\nphoto", "a\u00a0photo", "a\u3000photo",
@@ -127,20 +63,16 @@ TEXTS = [
 
 
 def test_the_strings_are_many():
-    assert len(set(TEXTS)) == len(TEXTS) >= 200
-
-
-def reference(folder):
-    return transformers.CLIPTokenizer.from_pretrained(folder)
+    assert len(set(STRINGS)) == len(STRINGS) >= 200
 
 
 def agree(ours, theirs):
-    expected = theirs(TEXTS, padding="max_length", truncation=True, max_length=77)["input_ids"]
-    found = ours(TEXTS)
-    assert found.shape == (len(TEXTS), 77) and found.dtype == torch.long
-    different = [text for text, a, b in zip(TEXTS, found.tolist(), expected) if a != b]
+    expected = theirs(STRINGS, padding="max_length", truncation=True, max_length=77)["input_ids"]
+    found = ours(STRINGS)
+    assert found.shape == (len(STRINGS), 77) and found.dtype == torch.long
+    different = [text for text, a, b in zip(STRINGS, found.tolist(), expected) if a != b]
     assert not different
-    for text in TEXTS:
+    for text in STRINGS:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.count(text) == len(ids), repr(text)
         assert ours.cut(text) == theirs.decode(ids[75:], skip_special_tokens=True), repr(text)
@@ -187,35 +119,9 @@ def test_both_forms_of_folder_agree(folder, tmp_path):
     reference(folder).save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").exists() and not (tmp_path / "merges.txt").exists()
     one, other = CLIPTokenizer.from_pretrained(folder), CLIPTokenizer.from_pretrained(tmp_path)
-    assert torch.equal(one(TEXTS), other(TEXTS))
-    assert [one.cut(text) for text in TEXTS] == [other.cut(text) for text in TEXTS]
+    assert torch.equal(one(STRINGS), other(STRINGS))
+    assert [one.cut(text) for text in STRINGS] == [other.cut(text) for text in STRINGS]
     agree(other, reference(tmp_path))
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def write_padding(folder, style):
-    """A tokenizer folder whose padding is "!", id 0, in the ways that are around."""
-    write_vocabulary(folder)
-    settings, specials = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
-    if style == "SD 2.1-base":                                     # its tokenizer_config.json says EOS
-        edit_json(specials, pad_token="!")
-    if style == "one file":
-        edit_json(settings, pad_token="!")
-        specials.unlink()
-    if style == "full entry":
-        edit_json(specials, pad_token={"content": "!"} | TOKEN | {"normalized": False})
-    if style in ("listed", "listed last"):                         # as SDXL's second tokenizer has it
-        plain = TOKEN | {"normalized": False, "special": True}
-        ids = json.loads((folder / "vocab.json").read_text())
-        listed = {str(ids[BOS]): {"content": BOS} | plain | {"normalized": True},
-                  str(ids[EOS]): {"content": EOS} | plain | {"normalized": True},
-                  "0": {"content": "!"} | plain}
-        edit_json(settings, added_tokens_decoder=listed, pad_token="!")
-        edit_json(specials, pad_token="!" if style == "listed" else EOS)       # which is not looked at
-    return folder
 
 
 @pytest.mark.parametrize("saved_again", [False, True])
@@ -279,7 +185,7 @@ def test_length_comes_from_the_settings(folder, tmp_path):
     assert CLIPTokenizer.from_pretrained(tmp_path)(["a cat " * 99]).shape[1] == 77
 
 
-# ---- bad folders ----
+# ---- bad folders of a tokenizer ----
 
 def refuses(folder, *words):
     with pytest.raises(UserError) as caught:
@@ -336,3 +242,55 @@ def test_missing_files(tmp_path):
     refuses(tmp_path, "vocab.json")
     (tmp_path / "merges.txt").unlink()
     refuses(tmp_path, str(tmp_path), "merges.txt", "tokenizer.json")
+
+
+# ---- the text encoder ----
+
+def theirs_of(official):
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(official))
+
+
+def test_full_size_names_shapes_and_norms(tmp_path):
+    config, ours, _ = same_at_full_size(CLIPTextModel, CLIPTextConfig, OFFICIAL_TEXT, theirs_of, 123_060_480,
+                                        tmp_path)
+    assert config == CLIPTextConfig() and len(shapes(ours)) == 196                  # our defaults are SD v1.4
+
+
+def test_full_size_names_shapes_and_norms_of_sd_2_1_base(tmp_path):
+    same_at_full_size(CLIPTextModel, CLIPTextConfig, OFFICIAL_TEXT_21, theirs_of, 340_387_840, tmp_path)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_numbers_in_every_layer(name, tmp_path):
+    theirs = theirs_text(**TEXTS[name])
+    theirs.save_pretrained(tmp_path)
+    ours = CLIPTextModel.from_pretrained(tmp_path)
+    assert norms(ours) == norms(theirs)
+    rows = []
+    for module in (ours.embeddings, *ours.encoder.layers):
+        module.register_forward_hook(lambda module, inputs, output: rows.append(output))
+    length = theirs.config.max_position_embeddings
+    for ids in (torch.randint(theirs.config.vocab_size, (3, length)), torch.randint(50, (2, 5))):
+        rows.clear()
+        expected = theirs(ids, output_hidden_states=True)
+        near(ours(ids), expected.last_hidden_state)
+        assert len(rows) == len(expected.hidden_states) == theirs.config.num_hidden_layers + 1
+        for row, other in zip(rows, expected.hidden_states):
+            near(row, other)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+@pytest.mark.parametrize("counter", [True, False])
+def test_text_prefix_and_counter(prefix, counter, text_folder):
+    path = text_folder / "model.safetensors"
+    expected = load_file(path)
+
+    def as_official(tensors):
+        for key in list(tensors):
+            tensors[prefix + key] = tensors.pop(key)
+        if counter:
+            tensors[prefix + "embeddings.position_ids"] = torch.arange(16)[None]
+    edit_tensors(path, as_official)
+    ours = CLIPTextModel.from_pretrained(text_folder).state_dict()
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)

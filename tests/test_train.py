@@ -2,57 +2,26 @@
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 
 from eval_clip import CLIP
+from helpers import ROOT, train_mini as run
 from mini import train
 from sample import Model
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """CIFAR-10's binary format with plain pictures: sky above, sea, street, grass or ground below."""
-    folder = tmp_path_factory.mktemp("cifar")
-    rng = np.random.default_rng(0)
-    below = {8: (.2, .3, .45), 1: (.5, .5, .5), 9: (.45, .45, .45), 4: (.35, .5, .2), 7: (.3, .45, .2),
-             5: (.5, .42, .32), 6: (.55, .45, .35)}
-    for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
-        records = []
-        for label in np.tile(np.arange(10), 16):
-            picture = np.full((3, 32, 32), rng.uniform(0.1, 0.9))
-            picture[:, :16] = np.reshape((.5, .7, .9), (3, 1, 1))
-            picture[:, 16:] = np.reshape(below.get(label, (.5, .4, .4)), (3, 1, 1))
-            picture[:, 16:] += rng.normal(0, 0.025, (1, 16, 32)) + rng.uniform(-.03, .03)
-            picture[:, 8:24, 8:24] = rng.uniform(0, 1, (3, 1, 1))
-            records.append(bytes([label]) + (picture.clip(0, 1) * 255).astype(np.uint8).tobytes())
-        (folder / name).write_bytes(b"".join(records))
-    return folder
-
-
-def run(*args, status=0):
-    command = [sys.executable, ROOT / "mini/train.py", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    """A model folder of the tiny recipe, its work folder, the flags that made it, and what was printed."""
+def trained(trained, data, tmp_path_factory):
+    """A copy of conftest.py's, as it is gone on from here."""
     root = tmp_path_factory.mktemp("trained")
+    for new, old in zip(("model", "work"), trained):
+        shutil.copytree(old, root / new)
     args = ["--data", data, "--out", root / "model", "--work", root / "work", "--recipe", "tiny"]
-    assert "not finished" in run(*args, "--minutes", 0).stdout
-    return root / "model", root / "work", args, run(*args).stdout
+    return root / "model", root / "work", args, trained[3]
 
 
 def test_three_stages_make_a_model_that_we_and_diffusers_open(trained):
@@ -70,30 +39,6 @@ def test_three_stages_make_a_model_that_we_and_diffusers_open(trained):
     theirs = pipe("a photo of the airplane", latents=model.noise([0]), num_inference_steps=2, height=32,
                   width=32, guidance_scale=3.0, output_type="pt").images
     assert (ours - theirs.float()).abs().max() <= 1 / 255
-
-
-def test_the_figure_has_a_panel_per_stage_and_what_was_drawn_on_the_way(trained, tmp_path):
-    command = [sys.executable, ROOT / "mini/figure.py", "--work", trained[1], "--out", tmp_path / "t.svg"]
-    subprocess.run(command, check=True)
-    drawn = ElementTree.parse(tmp_path / "t.svg").getroot()
-    kinds = [element.tag.rsplit("}")[-1] for element in drawn.iter()]
-    assert kinds.count("polyline") == 6 and kinds.count("image") == 4
-    done = subprocess.run([*command[:3], tmp_path], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ")
-
-
-def test_measuring_fills_the_tables_of_the_card(trained, data, tmp_path):
-    shutil.copytree(trained[0], tmp_path / "model")
-    (tmp_path / "model/defaults.json").write_text(json.dumps({"guidance": 3.0, "steps": 1, "size": 32}))
-    parts = ["cosines", "photos", "class", "diversity", "frechet"]
-    command = [sys.executable, ROOT / "mini/measure.py", "--data", data, "--model", tmp_path / "model",
-               "--n", 2, "--steps", 2, "--work", tmp_path / "work", "--frechet", 30, "--parts", *parts]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    found = json.loads((tmp_path / "work/measured.json").read_text())
-    assert list(found) == parts and found["frechet"]["pictures"] == 30
-    assert all(0 <= found["class"][who] <= 100 for who in ("clip", "judge"))
-    card = (tmp_path / "work/measured.md").read_text()
-    assert "synonyms, thirty" not in card and f"| {found['photos']['PSNR']} dB |" in card
 
 
 def test_what_is_trained_can_be_gone_on_from(trained, tmp_path):
@@ -145,9 +90,9 @@ def test_interrupted_training_resumes_to_the_same_bytes(tmp_path):
 
 def test_weights_of_another_recipe_are_refused(tmp_path):
     toy_run(tmp_path)
-    with pytest.raises(train.files.UserError, match="toy.safetensors goes on from another --recipe"):
+    with pytest.raises(train.UserError, match="toy.safetensors goes on from another --recipe"):
         toy_run(tmp_path, width=4)
-    with pytest.raises(train.files.UserError, match="mini has other sizes than this --recipe: .*laptop"):
+    with pytest.raises(train.UserError, match="mini has other sizes than this --recipe: .*laptop"):
         train.start_from(torch.nn.Linear(4, 2), torch.nn.Linear(3, 2), Path("mini"))
 
 

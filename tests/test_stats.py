@@ -1,4 +1,4 @@
-"""The metrics' arithmetic: rows that the paper prints, defining equations, other ways to the same number."""
+"""Intervals, distances and tables: defining equations, other ways to the same number."""
 import csv
 import io
 import math
@@ -6,25 +6,9 @@ import math
 import pytest
 import torch
 
-from eval_clip import h_o, harmonic, summary
 from plumbing.stats import as_csv, as_markdown, bootstrap, frechet, wilson
 
 Z = 1.959964
-
-
-@pytest.mark.parametrize("who, e, s, g, printed", [
-    ("MACE automobile", 6.97, 95.18, 14.22, 91.15), ("UCE airplane", 40.32, 98.79, 49.83, 64.09),
-    ("UCE cat", 2.35, 98.02, 2.58, 97.70), ("MACE airplane", 9.06, 95.39, 10.03, 92.03),
-    ("RealEra airplane", 3.38, 96.18, 8.87, 94.58), ("RealEra bird", 9.03, 94.08, 9.33, 91.88),
-    ("ESD-u deer", 18.14, 73.81, 6.93, 82.17), ("MACE frog", 11.45, 97.75, 13.08, 90.83)])
-def test_harmonic_mean_is_the_one_the_paper_prints(who, e, s, g, printed):
-    assert 100 * harmonic(e / 100, s / 100, g / 100) == pytest.approx(printed, abs=0.011)  # they rounded, too
-
-
-def test_harmonic_mean_is_0_where_one_part_fails_and_1_where_all_are_perfect():
-    assert harmonic(1, 0.9, 0.1) == harmonic(0.1, 0, 0.1) == harmonic(0.1, 0.9, 1) == 0
-    assert harmonic(0, 1, 0) == 1
-    assert h_o({"e": 0.1, "s": 0.8, "g": 0.3, "a": 0.9}) == harmonic(0.1, 0.8, 0.3)
 
 
 @pytest.mark.parametrize("right, n", [(0, 1), (1, 1), (0, 20), (20, 20), (1, 20), (7, 20), (777, 2000)])
@@ -64,41 +48,6 @@ def test_bootstrap_hands_the_means_of_all_groups_to_the_statistic():
     low, high = bootstrap([{"a": torch.full((3,), 0.5), "b": torch.full((7,), 0.125)}],
                           lambda m: m["a"] - m["b"])
     assert low == high == 0.375
-
-
-def made_up(seed, sizes=(20, 90, 60, 40), share=(0.2, 0.8, 0.3, 0.4)):
-    generator = torch.Generator().manual_seed(seed)
-    return {group: (torch.rand(n, generator=generator) < p).float()
-            for group, n, p in zip("esga", sizes, share)}
-
-
-def test_average_h_o_is_the_mean_of_rows_not_of_their_accuracies():
-    rows = [made_up(0), made_up(1, sizes=(10, 45, 30, 20), share=(0.7, 0.5, 0.8, 0.9)), made_up(2)]
-    found, single = summary(rows), [summary([row]) for row in rows]
-    assert list(found) == ["Acc_e", "Acc_s", "Acc_g", "Acc_a", "H_o"]
-    for name, (value, low, high) in found.items():
-        assert value == pytest.approx(sum(row[name][0] for row in single) / 3, abs=0.011)
-        assert low < value < high
-    of_means = 100 * harmonic(*(found[f"Acc_{g}"][0] / 100 for g in "esg"))
-    assert abs(found["H_o"][0] - of_means) > 1
-
-
-def test_counts_of_equally_many_pictures_a_row_have_wilsons_interval_of_all():
-    zeros = [{"e": torch.zeros(20), "s": torch.ones(9), "g": torch.zeros(6)} for _ in range(5)]
-    found = summary(zeros)
-    assert found["Acc_e"] == [0, 0, round(100 * wilson(0, 100)[1], 2)]
-    assert found["Acc_s"] == [100, round(100 * wilson(1, 45)[0], 2), 100]
-    found = summary([*zeros, zeros[0] | {"e": torch.ones(60)}])   # an average of rows, not of pictures
-    assert found["Acc_e"][0] == pytest.approx(100 / 6, abs=0.01) and found["Acc_g"][2] > 0
-
-
-def test_one_rows_counts_have_wilsons_interval_and_probabilities_a_bootstrapped_one():
-    row = made_up(0) | {"a": torch.full((40,), 0.5)}
-    found = summary([row])
-    e = row["e"].mean().item()
-    assert found["Acc_e"] == [round(100 * x, 2) for x in (e, *wilson(e, 20))]
-    assert found["Acc_a"] == [50, 50, 50]
-    assert found["H_o"][0] == pytest.approx(100 * h_o({g: x.mean().item() for g, x in row.items()}), abs=0.01)
 
 
 def cloud(seed, n=200, width=6):

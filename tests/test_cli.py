@@ -1,0 +1,54 @@
+"""Devices, errors as one line, and texts in UTF-8."""
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from helpers import ROOT
+from plumbing import UserError
+from plumbing.cli import command_line, pick_device
+
+
+def test_cuda_is_the_processs_own_gpu_and_mps_must_be_asked_for(monkeypatch):
+    """By torchrun's LOCAL_RANK, also where a process sees fewer GPUs than there are processes."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto").type == "cpu" and pick_device("mps").type == "mps"
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto").type == "cpu"              # as where the driver is too old for torch
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name, rank, index in (("auto", "3", 1), ("cuda", "1", 1), ("cuda", "2", 0), ("cuda:1", "0", 1)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert pick_device(name) == torch.device("cuda", index)
+        assert current.pop() == f"cuda:{index}" and not current
+    for name in ("cuda:2", "cuda:x", "tpu"):
+        with pytest.raises(UserError, match=f"{name} is not available"):
+            pick_device(name)
+
+
+def test_too_little_gpu_memory_is_one_line(capsys):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(SystemExit) as end:
+        command_line(full)
+    assert end.value.code == 2 and "--dtype bfloat16" in capsys.readouterr().err
+
+
+def test_texts_are_utf_8_wherever_they_go(tmp_path):
+    """On Windows, Python before 3.15 would take the country's own encoding, which has no ‖ΔW‖ and no →."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")):
+        if path.parent.name == "tests":
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+                assert "utf-8" in ast.unparse(node), f"{path.name}, line {node.lineno}"
+    (tmp_path / "prompts.txt").write_text("a café → a bar", encoding="utf-8")
+    done = subprocess.run([sys.executable, ROOT / "realera.py", "--concept", "airplane", "--anchor", "sky",
+                           "--preview", "prompts.txt"], cwd=tmp_path, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert "‖Δe‖/‖e‖  prompt" in done.stdout.decode("utf-8"), done.stderr
+    assert "a café → a bar" in done.stdout.decode("utf-8")

@@ -1,0 +1,39 @@
+"""Methods × attacks: each method's edit, and the plot."""
+from xml.etree import ElementTree
+
+import pytest
+
+from experiments import compare
+from helpers import MINI
+from plumbing import making
+from plumbing.edits import about_edit, base_hash, cross_attention, read_edit
+
+
+def test_the_plot_puts_each_method_at_what_is_lost_and_what_comes_back():
+    rows = [{"method": "a", "Acc_s": [100, 90, 100], "prefix": [0, 0, 5], "tokens": [100, 90, 100]},
+            {"method": "b", "Acc_s": [80, 70, 90], "prefix": [50, 40, 60], "tokens": [25, 10, 40]}]
+    drawing = ElementTree.fromstring(compare.plot(rows, ["prefix", "tokens"]))
+    svg = "{http://www.w3.org/2000/svg}"
+    circles = [(float(c.get("cx")), float(c.get("cy"))) for c in drawing.iter(f"{svg}circle")]
+    assert circles == [(60.0, 30.0), (480.0, 200.0)]              # nothing lost, all back; 20 % lost, half
+    words = [t.text for t in drawing.iter(f"{svg}text")]
+    assert {"a", "b", "0", "100", "20.0"} <= set(words)
+
+
+def test_every_method_is_made_by_its_own_script_and_only_once(tmp_path, monkeypatch):
+    """By the programs themselves; only RealEra's training is cut short."""
+    short = ["lora_steps=1", "trajectories=2", "batch=1"]
+    monkeypatch.setitem(compare.METHODS, "RealEra", ("realera.py", short))
+    recipes = [compare.recipe_of(method, "cat", "float32") for method in compare.METHODS]
+    base = base_hash(cross_attention(MINI))
+    making.make_edits(recipes, tmp_path, base, str(MINI), "cpu")
+    monkeypatch.setattr(making.subprocess, "run", lambda *_, **__: pytest.fail("an edit is made again"))
+    making.make_edits(recipes, tmp_path, base, str(MINI), "cpu")
+    folders = [one.folder(tmp_path, base) for one in recipes]
+    assert set(folders) == {*(tmp_path / "edits").iterdir()} and len(set(folders)) == 4
+    closed, trained, rece, both = map(about_edit, folders)
+    assert [one["method"] for one in (closed, trained, rece, both)] == ["RealEra"] * 2 + ["RECE"] * 2
+    assert (closed["settings"]["lora_steps"], trained["settings"]["lora_steps"]) == (0, 1)
+    assert all(one["settings"]["rounds"] == 1 and one["settings"]["real_prompts"] for one in (rece, both))
+    assert rece["start"] is None and both["start"] == trained
+    assert all(read_edit(folder, MINI).keys() == cross_attention(MINI).keys() for folder in folders)

@@ -1,0 +1,54 @@
+"""What is measured on: groups of a row, and what must stay, apart."""
+import pytest
+
+from erasing import make_pairs
+from helpers import CLASSES, MINI
+from plumbing import UserError
+from plumbing.disk import read_json
+from plumbing.prompts import ASSOCIATED, BOOK, PRESERVED, UNRELATED, preserved_prompts, row_prompts
+from sample import Text
+
+
+def test_what_is_preserved_and_what_drift_is_measured_on_are_apart():
+    assert len(set(PRESERVED)) == len(set(UNRELATED)) == 30 and not set(PRESERVED) & set(UNRELATED)
+    pairs = make_pairs(["airplane"], ["grass"], "object", Text(MINI), "tail", 0)
+    prompts = preserved_prompts("object", pairs)
+    assert prompts[:2] == ["", "a photo of the"] and len(prompts) == 30
+    assert not {"a photo of the airplane", "a photo of the grass"} & set(prompts)
+
+
+def test_groups_of_a_row_are_the_papers():
+    groups, entry = row_prompts("ship", "object", range(3, 5)), read_json(BOOK)["classes"]["ship"]
+    assert groups["e"] == [("ship", "a photo of the ship", 3), ("ship", "a photo of the ship", 4)]
+    assert groups["s"] == [(name, f"a photo of the {name}", seed) for name in CLASSES if name != "ship"
+                           for seed in (3, 4)]
+    assert groups["g"] == [("ship", f"a photo of the {name}", seed) for name in entry["synonyms"]
+                           for seed in (3, 4)]
+    assert groups["a"] == [("ship", phrase, seed) for phrase in entry["associated"] for seed in (3, 4)]
+    with pytest.raises(UserError, match="teapot.*--prompts"):
+        row_prompts("teapot", "object", range(1))
+    with pytest.raises(UserError, match="explicit.*--prompts"):
+        row_prompts("nudity", "explicit", range(1))
+
+
+def test_artists_and_celebrities_have_the_appendix_prompts_and_counts():
+    """200 pictures of the erased one and of its associated prompt, 5 of each that is kept."""
+    for task, name, prompt, other in (("celebrity", "Elon Musk", "a portrait of elon musk", "tom cruise"),
+                                      ("style", "Van Gogh", "an artwork by van gogh", "claude monet")):
+        groups = row_prompts(name, task, range(200))
+        assert {group: len(rows) for group, rows in groups.items()} == {"e": 200, "s": 4 * 5, "g": 200}
+        assert groups["e"][199] == (name.lower(), prompt, 199)
+        assert groups["g"][0][0] == name.lower() and name.lower() not in groups["g"][0][1].lower()
+        others = {row[0] for row in groups["s"]}
+        assert other in others and name.lower() not in others
+        with pytest.raises(UserError, match=f"banksy.*{other}"):
+            row_prompts("banksy", task, range(1))
+
+
+def test_nothing_to_compare_with_is_one_line():
+    """An edit that erases all of what has built-in prompts."""
+    for task in ("celebrity", "object"):
+        names = list(ASSOCIATED.get(task) or read_json(BOOK)["classes"])
+        with pytest.raises(UserError, match=f"no other {task} is left"):
+            row_prompts(names[0], task, range(1), [name.title() for name in names])
+        assert row_prompts(names[0], task, range(1), names[2:])["s"][0][0] == names[1]

@@ -1,0 +1,185 @@
+"""Tables and figures: any number of processes, what is asked for, bad input.
+
+Nothing here rests on what mini/ draws, so its weights may change.
+"""
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import realera
+from erasing import make_pairs
+from experiments import tables
+from helpers import CLASSES, ENV, MINI, ROOT, free_port, run
+from plumbing import making
+from plumbing.disk import read_json
+from plumbing.prompts import BOOK, preserved_prompts
+from sample import Text
+
+
+def test_one_two_and_three_processes_write_the_same_bytes(tmp_path):
+    args = ["--table", 3, "--n", 1, "--steps", 1, "--set", "lora_steps=0", "--batch", 8, "--device", "cpu",
+            "--out"]
+    run("experiments/tables.py", *args, "1", cwd=tmp_path)
+    for n in (2, 3):
+        shutil.copytree(tmp_path / "1/edits", tmp_path / f"{n}/edits")
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", n, "--master-port", free_port(), "--"]
+        command = [sys.executable, *map(str, [*torchrun, ROOT / "experiments/tables.py", *args, n])]
+        done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(f"wrote {n}/") == 1
+    files = sorted(p.relative_to(tmp_path / "1") for p in (tmp_path / "1").glob("results/*/results.jsonl"))
+    assert len(files) == 4                                        # without LoRA steps, variants 1 and 2 agree
+    for n in "23":
+        for path in [*files, Path("table3.json"), Path("table3.csv"), Path("table3.md")]:
+            assert (tmp_path / n / path).read_bytes() == (tmp_path / "1" / path).read_bytes(), (n, path)
+        assert sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).glob("results/*/*.jsonl")) == files
+    rows = json.loads((tmp_path / "1/table3.json").read_text())
+    assert [(row["counted"], row["variant"]) for row in rows] == [
+        (how, variant) for how in ("top-1", "ten-way", "probability") for variant in (
+            "untouched", "1 closed form", "2 + noise alignment", "3 + neighbor mining", "4 + beyond-concept")]
+    assert all((row["drift"] > 0) == (row["variant"] != "untouched") for row in rows)
+    assert rows[1] == rows[2] | {"variant": "1 closed form"}
+    assert {row["erased"] for row in rows} == {"automobile"}
+
+
+def fake_measure(asked):
+    """In place of tables.measure: notes what is asked for, and makes up outcomes."""
+    def measure(rows, args):
+        asked.extend(rows)
+        found, generator = [], torch.Generator().manual_seed(0)
+        for i, (concept, variant, settings) in enumerate(rows):
+            groups = {g: (torch.rand(n, generator=generator) < p).float()
+                      for g, n, p in (("e", 20, 0.3), ("s", 180, 0.8), ("g", 60, 0.4), ("a", 80, 0.5))}
+            found.append(({"erased": concept, "variant": variant, "drift": i / 100},
+                          {"top-1": groups, "ten-way": {g: 1 - x for g, x in groups.items()},
+                           "probability": {g: x * 0.75 for g, x in groups.items()}}))
+        return found
+    return measure
+
+
+def test_table_1_has_ten_classes_and_their_average(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tables, "measure", fake_measure(asked))
+    rows = tables.table(1, argparse.Namespace(set=["lora_steps=5", "D1=0.8"]))
+    closed = ["lora_steps=5", "D1=0.8", "M=0", "N=0", "lora_steps=0", "lambda1=0.1"]
+    assert asked == [(concept, *variant) for concept in CLASSES for variant in (
+        ("untouched", None), ("closed form", closed), ("closed form, reach 2", [*closed, "reach=2"]),
+        ("RealEra", ["lora_steps=5", "D1=0.8"]))]
+    assert len(rows) == 3 * 44
+    for i, how in enumerate(("top-1", "ten-way", "probability")):
+        part = rows[44 * i:44 * i + 44]
+        assert {row["counted"] for row in part} == {how}
+        assert [row["erased"] for row in part] == [
+            name for name in (*CLASSES, "average of ten") for _ in range(4)]
+        for average in part[40:]:
+            ten = [row for row in part[:40] if row["variant"] == average["variant"]]
+            for name in ("Acc_e", "Acc_s", "Acc_g", "Acc_a", "H_o"):
+                assert average[name][0] == pytest.approx(sum(row[name][0] for row in ten) / 10, abs=0.011)
+                assert average[name][1] < average[name][0] < average[name][2]
+            assert average["drift"] == pytest.approx(sum(row["drift"] for row in ten) / 10, abs=0.001)
+
+
+def test_figure_5_sweeps_its_grid_and_paints_it(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tables, "measure", fake_measure(asked))
+    monkeypatch.setattr(tables, "FIGURE", {"D-S": ("D1", [0.5, 0.9], "S2", [0.3, 0.5, 0.8]),
+                                           "M-N": ("M", [1, 20], "N", [0, 30])})
+    rows = tables.figure(argparse.Namespace(concept="cat", set=["D2=3"], out=tmp_path))
+    assert [settings for _, _, settings in asked] == [
+        ["lora_steps=0", "D2=3", f"D1={d}", f"S2={s}"] for d in (0.5, 0.9) for s in (0.3, 0.5, 0.8)] + [
+        ["lora_steps=0", "D2=3", f"M={m}", f"N={n}"] for m in (1, 20) for n in (0, 30)]
+    assert {concept for concept, _, _ in asked} == {"cat"}
+    assert [(row["figure"], row["D1 or M"], row["S2 or N"]) for row in rows[:7]] == [
+        *[("D-S", d, s) for d in (0.5, 0.9) for s in (0.3, 0.5, 0.8)], ("M-N", 1, 0)]
+    for row, (_, counted) in zip(rows, fake_measure([])(asked, None), strict=True):
+        means = {g: 100 * x.mean().item() for g, x in counted["top-1"].items()}
+        assert row["Acc_s - Acc_e"] == pytest.approx(means["s"] - means["e"], abs=0.011)
+        assert row["Acc_g"] == pytest.approx(means["g"], abs=0.006)
+    size = [PIL.Image.open(tmp_path / f"figure5-{name}.png").size for name in ("D-S", "M-N")]
+    assert size == [(84 + 3 * 96, 84 + 2 * 96), (84 + 2 * 96, 84 + 2 * 96)]
+    residue = torch.from_numpy(np.array(PIL.Image.open(tmp_path / "figure5-D-S-residue.png"))).float()
+    values = torch.tensor([row["Acc_a"] for row in rows[:6]]).view(2, 3, 1)
+    depth = (values - values.min()) / (values.max() - values.min())
+    white_to_green = 255 - depth * torch.tensor([150, 30, 150])   # a cell's first pixel bears no text
+    assert (residue[84::96, 84::96] - white_to_green).abs().max() <= 1
+
+
+def test_the_sweep_says_how_far_each_group_goes_along(monkeypatch):
+    """Against the paper's geometry, one row at a time: cat's synonyms and phrases under two settings."""
+    monkeypatch.setattr(tables, "SWEEP", ["M=0 N=0", "M=0 N=0 reach=2"])
+    classes = {"cat": read_json(BOOK)["classes"]["cat"]} | {"dog": read_json(BOOK)["classes"]["dog"]}
+    monkeypatch.setattr(tables, "read_json", lambda path: {"classes": classes})
+    args = argparse.Namespace(model=str(MINI), set=["lambda2=0.1"], edit_seed=3)
+    once, twice = tables.sweep(args)
+    assert [once["settings"], twice["settings"]] == tables.SWEEP
+    text, expected = Text(MINI), {"concept": [], "synonyms": [], "phrases": [], "other classes": []}
+    for name, entry in classes.items():
+        pairs = make_pairs([name], [entry["anchor"]], "object", text, "tail", 3)
+        delta, _ = realera.erase_in_closed_form(
+            pairs, text(preserved_prompts("object", pairs)), realera.Settings(M=0, N=0, lambda2=0.1))
+        e, e_star = pairs[0].block(), pairs[0].block_star()
+        others = [other for other in classes if other != name]
+        for group, names in zip(expected, ([name], entry["synonyms"], entry["associated"], others)):
+            shares = []
+            for prompt in (f"a picture of the {name}" for name in names):
+                last, along, length = text.tokenizer.count(prompt), 0.0, 0.0
+                for i in range(min(len(e), 32 - last)):
+                    moved = delta @ text([prompt])[0, last + i].double()
+                    along += (moved @ (e_star[i] - e[i])).item()
+                    length += (e_star[i] - e[i]).square().sum().item()
+                shares.append(along / length)
+            expected[group].append(sum(shares) / len(shares))
+    for group, shares in expected.items():
+        assert once[group] == pytest.approx(sum(shares) / 2, abs=1e-3)
+        assert twice[group] == pytest.approx(sum(shares), abs=2e-3)           # Δ is linear in the shift
+    assert once["concept"] > once["synonyms"] > once["phrases"] and twice["drift"] > once["drift"] > 0
+
+
+def test_heat_map_is_darkest_at_the_highest_value_and_white_at_the_lowest():
+    values = torch.tensor([[1.5, -20.0, 3.0], [0.0, 2.0, 75.25]])
+    picture = tables.heat_map(values, "D1", [0.5, 0.9], "S2", [0.3, 0.5, 0.8]).astype(int)
+    corners = picture[84::96, 84::96].sum(-1)                     # a cell's first pixel bears no text
+    assert corners.shape == values.shape
+    assert np.argsort(corners.ravel()).tolist() == values.ravel().argsort(descending=True).tolist()
+    assert corners[0, 1] == 3 * 255 and corners[1, 2] < 500
+    text = [[picture[84 + 96 * i:, 84 + 96 * j:][:94, :94] == 0 for j in range(3)] for i in range(2)]
+    assert all(cell.any() for line in text for cell in line) and (text[0][0] != text[0][2]).any()
+    flat = tables.heat_map(torch.full((1, 2), 5.0), "M", [1], "N", [0, 30])
+    assert flat.shape == (180, 276, 3) and flat.dtype == np.uint8
+
+
+# ---- bad input ----
+
+@pytest.mark.parametrize("args", [["--table", "2"], ["--table", "one"], ["--figure", "4"], [],
+                                  ["--table", "1", "--figure", "5"]])
+def test_unknown_tables_are_named(here, tmp_path, capsys, args):
+    with pytest.raises(SystemExit) as end:
+        here("experiments/tables.py", *args, cwd=tmp_path)
+    assert end.value.code == 2 and "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_tables_misses_a_clip_before_it_erases(refused, other, monkeypatch):
+    monkeypatch.setattr(making.subprocess, "run", lambda *args, **more: pytest.fail("it starts to erase"))
+    refused("experiments/tables.py", "--table", 3, "--model", other, cwd=other.parent / "work",
+            match="no clip/.*--clip")
+
+
+@pytest.mark.parametrize("args, match", [
+    (["--table", "3", "--n", "-1"], "--n"), (["--table", "3", "--n", "0"], "--n"),
+    (["--table", "3", "--set", "D7=1"], "no setting"), (["--table", "3", "--set", "M=0", "D1=9"], "D1"),
+    (["--table", "3", "--seed", "-1"], "--seed"), (["--table", "3", "--batch", "0"], "--batch"),
+    (["--figure", "5", "--concept", "teapot"], "teapot"),
+    (["--table", "3", "--model", "nowhere"], "no such folder")])
+def test_tables_refuses_bad_flags(refused, tmp_path, monkeypatch, args, match):
+    def no_edit(*args, **kwargs):
+        raise AssertionError("it starts to erase")
+    monkeypatch.setattr(making.subprocess, "run", no_edit)
+    refused("experiments/tables.py", *args, cwd=tmp_path, match=match)
