@@ -89,7 +89,8 @@ def test_sample_writes_a_grid_and_says_what_it_did(tmp_path):
     args = ["a photo of an airplane", "a photo of the sea", "--n", 3, "--seed", 5, "--steps", 4]
     done = run("sample.py", *args, cwd=tmp_path)
     path, rest = done.stdout.strip().split("  ", 1)
-    assert re.fullmatch(r"seeds 5–7, 4 steps of ddim, guidance [\d.]+, [\d.]+ s per picture", rest)
+    assert re.fullmatch(r"seeds 5–7, 4 steps of ddim, guidance [\d.]+, [\d.]+ s per picture\n"
+                        r"out/\S+\.svg  the same with labels", rest)
     picture = PIL.Image.open(tmp_path / path)
     zoom = (picture.width - 2) // 3 - 2
     assert picture.size == (3 * (zoom + 2) + 2, 2 * (zoom + 2) + 2) and picture.mode == "RGB"
@@ -151,7 +152,8 @@ def test_sample_does_not_overwrite(refused, tmp_path):
 
 def test_erasing_writes_the_edit_and_reports(edit):
     out, printed = edit
-    assert sorted(p.name for p in out.iterdir()) == ["before_after.png", "erased.safetensors",
+    assert sorted(p.name for p in out.iterdir()) == ["before_after.png", "before_after.svg",
+                                                     "erased.safetensors",
                                                      "residual_lora.safetensors", "run.json"]
     for part in ("cond(B)", "‖ΔW‖/‖W‖", 'drift of ""', "Eq. 8", "Eq. 9", "a photo of the airplane",
                  "seconds:"):

@@ -230,7 +230,8 @@ def work(here, tmp_path_factory):
 
 def test_the_command_writes_the_edit_of_the_naive_loop_and_reports(work, model):
     out, W0 = work / "out/airplane-rece", doubles(cross_attention(MINI))
-    assert sorted(path.name for path in out.iterdir()) == ["before_after.png", "erased.safetensors",
+    assert sorted(path.name for path in out.iterdir()) == ["before_after.png", "before_after.svg",
+                                                           "erased.safetensors",
                                                            "round1.png", "run.json"]
     about, report = about_edit(out), json.loads((out / "run.json").read_text())
     assert (about["method"], about["start"], about["concepts"], about["anchors"]) == (

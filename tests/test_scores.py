@@ -339,11 +339,12 @@ def evaluated(edit, tmp_path_factory):
 
 def test_a_row_of_table_1_for_the_untouched_and_the_edited_model(evaluated):
     out, printed = evaluated
-    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "metrics.csv", "metrics.json", "metrics.md",
-                                                     "results"]
+    assert sorted(p.name for p in out.iterdir()) == ["asked.json", "grid.png", "grid.svg", "metrics.csv",
+                                                     "metrics.json", "metrics.md", "results"]
     rows = json.loads((out / "metrics.json").read_text())
     assert [(row["variant"], row["counted"]) for row in rows] == [
-        (variant, how) for variant in ("untouched", "edited") for how in ("top-1", "probability", "ten-way")]
+        (variant, how) for how in ("top-1", "probability", "ten-way")
+        for variant in ("untouched", "airplane")]
     for row in rows:
         assert list(row) == ["erased", "variant", "counted", "Acc_e", "Acc_s", "Acc_g", "Acc_a", "H_o",
                              "Fréchet"]
@@ -462,7 +463,7 @@ def test_a_detector_of_ones_own_sees_just_the_pictures_of_this_run(teapot, tmp_p
     rows = json.loads((tmp_path / "out/detected.json").read_text())
     key = hashlib.sha256(prompt.encode()).hexdigest()[:16]
     assert rows == [{"variant": variant, "pictures": 2, "names": f"{key}-1.png {key}-4.png"}
-                    for variant in ("untouched", "edited")]
+                    for variant in ("untouched", "teapot")]
     assert (tmp_path / "out/detected.md").read_text() in done.stdout
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("nothing:here", "judges", "judges:narrow"):
@@ -509,9 +510,9 @@ def test_prompts_of_a_csv_are_drawn_with_their_seeds_and_scored(teapot, clip, tm
     (tmp_path / "mine.csv").write_text(CSV, encoding="utf-8")
     run("eval_clip.py", "--prompts", "mine.csv", "--edit", teapot, "--seed", 7, "--steps", 2,
         "--keep-pictures", cwd=tmp_path)
-    out = tmp_path / "out/evaluation/mine"
+    out = tmp_path / "out/evaluation/teapot-mine"
     metrics = json.loads((out / "metrics.json").read_text())
-    for variant in ("untouched", "edited"):
+    for variant in ("untouched", "teapot"):
         rows = json.loads((out / f"pictures-{variant}.json").read_text())
         assert [(row["seed"], row["class"], row["case"]) for row in rows] == [
             (3, "cat", "17"), (5, "dog", "18"), (7, "cat", "nine, teen"), (0, None, "20")]
@@ -692,7 +693,7 @@ def test_the_sweep_says_how_far_each_group_goes_along(monkeypatch):
     """Against the paper's geometry, one row at a time: cat's synonyms and phrases under two settings."""
     monkeypatch.setattr(tables, "SWEEP", ["M=0 N=0", "M=0 N=0 reach=2"])
     classes = {"cat": read_json(BOOK)["classes"]["cat"]} | {"dog": read_json(BOOK)["classes"]["dog"]}
-    monkeypatch.setattr(tables, "read_json", lambda path: {"classes": classes})
+    monkeypatch.setattr(tables, "book", lambda: {"classes": classes})
     args = argparse.Namespace(model=str(MINI), set=["lambda2=0.1"], edit_seed=3)
     once, twice = tables.sweep(args)
     assert [once["settings"], twice["settings"]] == tables.SWEEP
