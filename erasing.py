@@ -12,7 +12,9 @@ A method is one file: a docstring, `Settings`, its mathematics, and an `erase` t
 
 `run` reads the flags, lets `erase` work, writes out/<concept>-<method>/ and draws before and after. A method
 that changes how the model draws, not its weights, returns {} and puts what `Model.draw` shall be given into
-job.drawing; its folder holds no erased.safetensors.
+job.drawing; its folder holds no erased.safetensors. In Python, with `import realera`:
+
+    W, numbers = erase_with(realera, Model("mini"), "dog", "ground", M=100)
 
 A prompt becomes T rows. Row 0 is begin-of-text and the same for all; the encoder is causal, so what a concept
 means sits in its last token and in every row after it (end of text, padding). Those are the rows to edit.
@@ -23,6 +25,7 @@ import hashlib
 import json
 import statistics
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,16 +37,16 @@ from torch import Tensor
 from eval_clip import CLIP
 from lora import lora_off
 from plumbing import UserError
-from plumbing.cli import (DTYPES, Clock, check_export, command_line, erasing_args, lines_of, pick_device,
-                          program, slug)
-from plumbing.disk import read_json, whole_folder
+from plumbing.cli import (DTYPES, Clock, NoFlags, check_export, command_line, erasing_args, lines_of,
+                          pick_device, program, slug)
+from plumbing.disk import whole_folder
 from plumbing.edits import base_hash, cross_attention, original, write_edit, write_report
 from plumbing.formats import export_pipeline, write_lora
 from plumbing.models import model_folder
-from plumbing.pictures import write_sheet
-from plumbing.prompts import BOOK, TASKS, UNRELATED, names_to_choose, preserved_prompts, prompts_to_watch
+from plumbing.prompts import (TASKS, UNRELATED, anchor_of, book, names_to_choose, preserved_prompts,
+                              prompts_to_watch)
 from plumbing.weights import put_weights
-from sample import Model, Text
+from sample import Model, Text, write_sheets
 
 
 @dataclass
@@ -77,9 +80,10 @@ def make_pairs(concepts: list[str], anchors: list[str] | None, task: str, text, 
     The pairs come sorted, each with a seed of its own, so the order in which they were given is moot. Blocks
     are aligned at their first row; the longer one loses its end. Raises UserError for what cannot be erased.
     """
-    template, default = TASKS[task]
+    template = TASKS[task][0]
     concepts = [" ".join(concept.lower().split()) for concept in concepts]           # CLIP reads no capitals
-    anchors = [" ".join(anchor.lower().split()) for anchor in (anchors or [default] * len(concepts))]
+    anchors = anchors or [anchor_of(concept, task) for concept in concepts]
+    anchors = [" ".join(anchor.lower().split()) for anchor in anchors]
     if not all(concepts):
         raise UserError("--concept is empty")
     if len(concepts) != len(anchors):
@@ -115,7 +119,8 @@ class Job:
     def __init__(self, model: Path, concepts: list[str], anchors: list[str] | None = None,
                  task: str = "object", seed: int = 0, rows: str = "tail", device="cpu", dtype=torch.float32):
         self.model_folder, self.task, self.seed, self.device, self.dtype = model, task, seed, device, dtype
-        self.clock, self.text, self.folder, self.args, self.preview = Clock(), Text(model), None, None, False
+        self.clock, self.text, self.folder, self.preview = Clock(), Text(model), None, False
+        self.args = NoFlags(no_pictures=True)
         self.pairs = make_pairs(concepts, anchors, task, self.text, rows, seed)
         self.about, self.report, self.drawing = {}, {}, {}
 
@@ -182,7 +187,7 @@ def movement(delta: Tensor, prompts: list[str], text) -> list[float]:
 def drifts(delta: Tensor, pairs: list[Pair], text) -> dict[str, float]:
     """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and its median over the nouns of UNRELATED
     (30 at most, none of them in P) that name neither concept nor anchor."""
-    classes = read_json(BOOK)["classes"]
+    classes = book()["classes"]
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
     named |= {word for name in named & classes.keys() for word in classes[name]["synonyms"]}
     nouns = [noun for noun in UNRELATED if noun not in named]
@@ -199,15 +204,15 @@ def preview(delta: Tensor, prompts: list[str], text) -> None:
 
 def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
     """Draw with the original and with the edit, n pictures a prompt, from the same seeds, and write
-    before_after.png into the job's folder: a row per prompt, left before, right after. Returns a row per
-    prompt; with what CLIP sees, and prints it, if the model's folder has one."""
+    before_after.png, and .svg with labels, into the job's folder: a row per prompt, left before, right after.
+    Returns a row per prompt; with what CLIP sees, and prints it, if the model's folder has one."""
     watched = list(dict.fromkeys(row for pair in job.pairs for row in prompts_to_watch(pair.concept)))
-    prompts = [prompt for _, prompt in watched for _ in range(n)]
+    prompts, seeds = [prompt for _, prompt in watched], [job.seed + i for i in range(n)]
     model, drawn = job.model, {}
     for when, weights, how in (("before", original(job.model_folder, W), {}), ("after", W, job.drawing)):
         put_weights(model.unet, weights)
         with lora_off(model.unet):                                # what it learned is part of W
-            drawn[when] = model.draw(prompts, [job.seed + i for _ in watched for i in range(n)], **how)
+            drawn[when] = model.draw([p for p in prompts for _ in seeds], seeds * len(prompts), **how)
     table = [{"prompt": prompt, "wanted": wanted} for wanted, prompt in watched]
     if (model.folder / "clip").is_dir():
         clip, names = CLIP.from_pretrained(model.folder / "clip"), names_to_choose(job.pairs)
@@ -221,7 +226,12 @@ def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
                              "mostly": names[most], "times": (guesses == most).sum().item()}
         for row in table:
             print(f"{row['prompt'][:26]:<28}{seen(row, 'before', n):<32}{seen(row, 'after', n)}")
-    write_sheet(job.folder / "before_after.png", *(x.unflatten(0, (-1, n))[:, :8] for x in drawn.values()))
+    sheets = {when: x.unflatten(0, (-1, n))[:, :8] for when, x in drawn.items()}
+    erased = ", ".join(f"{pair.concept} → {pair.anchor or 'nothing'}" for pair in job.pairs)
+    notes = [[seen(row, when, n) for when in sheets] for row in table] if "before" in table[0] else None
+    write_sheets(job.folder / "before_after.png", sheets, prompts,
+                 {"seed": seeds[:8], "edit": erased, "model": str(model.folder), "settings": model.defaults},
+                 title=erased, notes=notes, footer=f"seeds {seeds[0]}–{seeds[:8][-1]}; model: {model.folder}")
     return table
 
 
@@ -263,6 +273,23 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
         print(f"wrote {args.out}/")
 
     command_line(main)
+
+
+def erase_with(method, model: Model, concept: str, anchor: str | None = None, task: str = "object",
+               seed: int = 0, **settings) -> tuple[dict[str, Tensor], dict]:
+    """From Python: erase with a method's module and settings. Returns the edited tensors, as its command
+    writes them, and what it found. `model` stays as it is; `model.put(W)` lets it draw with W. anchor: None
+    is the class's own in the book, or the task's. Raises UserError for what cannot be erased."""
+    s = method.Settings(**settings)
+    job = Job(model.folder, [concept], None if anchor is None else [anchor], task, seed,
+              getattr(s, "rows", "tail"), model.device, model.dtype)
+    with tempfile.TemporaryDirectory() as folder:                 # of what the command writes besides W
+        job.folder = Path(folder)
+        W = method.erase(job, s)
+    if W and "numbers" not in job.report:
+        job.say("edit", W)
+    W0 = original(job.model_folder, W)
+    return {name: tensor.to(W0[name].dtype) for name, tensor in W.items()}, job.report
 
 
 def finish(job: Job, W: dict[str, Tensor], about: dict) -> None:

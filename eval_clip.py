@@ -1,13 +1,20 @@
 """CLIP's two towers, what they say about pictures, and the paper's metrics of an edit.
 
-    python eval_clip.py --edit out/airplane          # a row of the paper's Table 1, and the untouched model's
-    python eval_clip.py --edit out/airplane --quick
+    python eval_clip.py --edit out/airplane          # the paper's Table 1: before and after
+    python eval_clip.py --edit out/dog-closed --edit out/dog --quick          # two edits, compared
+    python eval_clip.py --edit somebodys.safetensors --concept airplane       # made elsewhere
     python eval_clip.py --prompts mine.csv --edit out/airplane
+
+The untouched model and every edit draw the same prompts from the same noise. The table has a row for each,
+with 95 % intervals: Acc_e, the erased class under its own name (should fall), Acc_s, other classes (should
+stay), Acc_g, synonyms, and Acc_a, associated phrases (should fall with it). What was drawn before with the
+same weights and settings, in a folder beside this one, is not drawn again. grid.svg shows some pictures.
 
 The CSV has a column prompt, and may have seed (or evaluation_seed), and class (or concept): what CLIP should
 see. Its other columns are kept. A row without a seed takes --seed. Works with any folder in the layout of
 transformers' CLIPModel: `mini/clip`, openai/clip-vit-large-patch14. Paper: Radford et al. 2021.
 """
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +24,17 @@ from torch import Tensor, nn
 
 from clip_text import SUPPORTED as TEXT_SUPPORTED, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Encoder
 from plumbing import UserError
-from plumbing.cli import DTYPES, command_line, measuring_args, only, pick_device, program
+from plumbing.cli import DTYPES, EDIT, command_line, measuring_args, pick_device, program
 from plumbing.detectors import find_detector
-from plumbing.disk import read_json
-from plumbing.edits import about_edit, concepts_of, read_edit
+from plumbing.disk import read_json, whole
+from plumbing.edits import edit_labels, erased_by, read_edit
 from plumbing.models import model_folder
 from plumbing.own_prompts import read_prompts, score_prompts
-from plumbing.pictures import write_sheet
-from plumbing.prompts import choices, names_to_choose, prompts_to_watch, row_prompts
-from plumbing.results import RANK, Picture, evaluate
+from plumbing.prompts import TASKS, choices, names_to_choose, prompts_to_watch, row_prompts
+from plumbing.results import RANK, Picture, asked_for, evaluate, out_folder
 from plumbing.stats import as_markdown, bootstrap, frechet, wilson, write_tables
 from plumbing.weights import load_network, read_config
-from sample import Model
+from sample import Model, draw_each, write_sheets
 
 
 @dataclass(frozen=True)
@@ -231,31 +237,37 @@ def shown(model, clip: CLIP, prompts: list[tuple[str, str]], n: int, steps: int 
 
 def main() -> None:
     parser = program(__doc__)
-    parser.add_argument("--edit", action="append", default=[], help="an edit folder such as out/airplane")
+    parser.add_argument("--edit", action="append", default=[], help=f"{EDIT}; several are compared")
+    parser.add_argument("--concept", action="append", default=[],
+                        help="what is erased, if an edit does not say it itself; may be repeated")
+    parser.add_argument("--task", choices=TASKS, default="object", help="what --concept is (default object)")
     parser.add_argument("--prompts", type=Path, help="CSV of your own prompts, one picture a row")
     parser.add_argument("--detector", help="nudenet, or module:function: another judge, of the PNGs")
     args = measuring_args(parser)
     if not args.edit and not args.prompts:
         raise UserError("give --edit out/NAME, --prompts FILE.csv, or both")
     detect = find_detector(args.detector) if args.detector else None
-    edit, device, folder = only(args.edit), pick_device(args.device), model_folder(args.model)
-    erased = concepts_of(about_edit(edit)) if edit else []
-    names, seeds = [concept for concept, _ in erased], range(args.seed, args.seed + args.n)
+    device, folder, labels = pick_device(args.device), model_folder(args.model), edit_labels(args.edit)
+    erased, csv_rows = [], []
     if args.prompts:
-        csv_rows, name = read_prompts(args.prompts, args.seed), args.prompts.stem
+        csv_rows = read_prompts(args.prompts, args.seed)
         jobs = others = [(row["prompt"], row["seed"]) for row in csv_rows]
     else:
-        groups, name = [row_prompts(*what, seeds, names) for what in erased], Path(edit).name
+        erased = erased_by(args.edit, args.concept, args.task)
+        names, seeds = [concept for concept, _ in erased], range(args.seed, args.seed + args.n)
+        groups = [row_prompts(*what, seeds, names) for what in erased]
         jobs = [(prompt, seed) for group in groups for rows in group.values() for _, prompt, seed in rows]
         others = [(prompt, seed) for group in groups for _, prompt, seed in group["s"]]
-    out = args.out or Path("out/evaluation") / name
+    asked = asked_for(args, labels, erased, folder)
+    out = out_folder(args, labels, asked)
     model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
-    weights = {"untouched": {}} | ({"edited": read_edit(edit, folder)} if edit else {})
-    rows, detected, pictures, untouched = [], [], [], None
+    weights = {"untouched": {}} | {label: read_edit(edit, folder) for label, edit in zip(labels, args.edit)}
+    rows, detected, untouched = [], [], None
     for variant, W in weights.items():
         model.put(W)
         keep = out / "pictures" / variant if args.keep_pictures or detect else None
-        found = evaluate(model, clip, jobs, out / "results", args.steps, None, args.batch, keep, variant)
+        found = evaluate(model, clip, jobs, out / "results", args.steps, None, args.batch, keep, variant,
+                         reuse=sorted(out.parent.glob("*/results")))
         features = torch.stack([found[job] for job in others])
         untouched = features if untouched is None else untouched
         moved = {"Fréchet": round(frechet(features, untouched), 4)} if len(others) > 1 else {}
@@ -271,20 +283,33 @@ def main() -> None:
                      for how, counts in outcomes(clip, concept, found, seeds, task, names).items()]
         if detect and RANK == 0:
             detected.append({"variant": variant} | detect(keep))
-        if RANK == 0:                                             # for the eye: a few prompts, four seeds
-            some = list(dict.fromkeys(prompt for prompt, _ in jobs))
-            if not args.prompts and {task for _, task in erased} == {"object"}:
-                some = list(dict.fromkeys(p for name in names for _, p in prompts_to_watch(name)))
-            some = some[:8 * max(1, len(names))]
-            pictures.append(model.draw([p for p in some for _ in range(4)],
-                                       [args.seed + i for _ in some for i in range(4)], args.steps,
-                                       batch=args.batch))
+    if not args.prompts:                                          # what is to be compared stands together
+        ways = list(dict.fromkeys(row["counted"] for row in rows))
+        rows.sort(key=lambda row: (names.index(row["erased"]), ways.index(row["counted"])))
     if RANK == 0:
-        write_sheet(out / "grid.png", *(x.unflatten(0, (-1, 4)) for x in pictures))
+        write_grids(out, model, weights, [prompt for prompt, _ in jobs], erased, args)
+        with whole(out / "asked.json") as temporary:
+            temporary.write_text(json.dumps(asked, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         write_tables(out, "metrics", rows)
         if detect:
             write_tables(out, "detected", detected)
         print(f"{as_markdown(rows)}\n{as_markdown(detected) if detect else ''}\nwrote {out}/")
+
+
+def write_grids(out: Path, model: Model, weights: dict, prompts: list[str], erased: list, args) -> None:
+    """For the eye: a few prompts, four seeds each, as grid.png and, with labels, grid.svg."""
+    some = list(dict.fromkeys(prompts))
+    if {task for _, task in erased} == {"object"}:
+        some = list(dict.fromkeys(prompt for name, _ in erased for _, prompt in prompts_to_watch(name)))
+    some, seeds = some[:8 * max(1, len(erased))], range(args.seed, args.seed + 4)
+    drawn = draw_each(model, some, weights, seeds, steps=args.steps, batch=args.batch)
+    steps = args.steps or model.defaults["steps"]
+    settings = {"steps": steps, "guidance": model.defaults["guidance"], "dtype": args.dtype}
+    what = ", ".join(concept for concept, _ in erased)
+    write_sheets(out / "grid.png", drawn, some, {"seed": list(seeds), "edit": args.edit, "model": args.model,
+                                                 "settings": settings},
+                 title=f"erased: {what}" if what else f"prompts of {args.prompts.name}",
+                 footer=f"{args.model}: seeds {seeds[0]}–{seeds[-1]}, {steps} steps")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     pairs, W0, start = job.pairs, job.W0, job.args.edit
     e, e_star = torch.cat([pair.e for pair in pairs]), torch.cat([pair.e_star for pair in pairs])
     stay = job.stay(s.real_prompts).flatten(0, 1)
-    W1 = read_edit(start, job.model_folder) if start else W0
+    given = read_edit(start, job.model_folder) if start else {}
+    W1 = {name: given.get(name, W) for name, W in W0.items()}     # an edit may leave some alone
     G = C = G0 = gram(W0, W0)
     if start:
         G, C = gram(W1, W1), gram(W1, W0)
@@ -157,7 +158,7 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     job.clock("pictures of the rounds")
     job.about["start"] = about_edit(start) if start else None
     job.report |= {"regained": shares, "left": left, "rounds": said}
-    return W
+    return given | W
 
 
 if __name__ == "__main__":

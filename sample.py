@@ -1,16 +1,25 @@
-"""Prompts to pictures.
+"""Prompts to pictures, of the model and of its edits side by side.
 
     python sample.py "a photo of an airplane" --n 8 --seed 0
-    python sample.py "a photo of an airplane" "a photo of the sky" --edit out/airplane
+    python sample.py "a photo of the dog" "barking at the postman" --edit out/dog-closed --edit out/dog
     python sample.py "a red car" --model CompVis/stable-diffusion-v1-4 --device cuda --dtype bfloat16
 
-Each prompt is a row of one PNG, each column a seed: --seed, --seed + 1, … A picture depends on its prompt and
-its own seed only, never on the batch that it was drawn in.
+Each prompt is a row. With --edit the untouched model comes first, then each edit, from the same noise: what
+differs along a row is the edit's doing. Two files are written: a plain PNG, which holds prompts, seeds, edits
+and settings as text, and beside it a sheet with labels, an SVG for your browser or report. An --edit is a
+folder of a method here, a .safetensors file, or a diffusers folder that somebody else made; --edit does not
+put edits together, tools/merge.py does.
+
+A picture depends on its prompt and its own seed only: --seed, --seed + 1, … In Python, from any folder:
+
+    model = Model("mini")
+    model.draw("a photo of the dog")                              # [1, 3, 32, 32]
+    show(model, ["a photo of the dog"], {"RealEra": W})           # in a notebook: the labelled sheet
 """
 import sys
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -18,10 +27,10 @@ from tqdm import tqdm
 
 from clip_text import CLIPTextModel, CLIPTokenizer
 from diffusion import SAMPLERS, Scheduler, guided
-from plumbing import UserError
-from plumbing.cli import (DTYPES, check_seed, command_line, free_name, model_args, only, pick_device, program,
+from plumbing import UserError, svg
+from plumbing.cli import (DTYPES, EDIT, check_seed, command_line, free_name, model_args, pick_device, program,
                           slug)
-from plumbing.edits import read_edit
+from plumbing.edits import edit_labels, read_edit
 from plumbing.models import defaults, model_folder, tokenizer_folder
 from plumbing.pictures import write_sheet
 from plumbing.weights import put_weights
@@ -32,7 +41,8 @@ from vae import VAE
 class Text:
     """Tokenizer and text encoder: prompts -> rows [B, T, D]. In float32: edits rest on it."""
 
-    def __init__(self, folder: Path, device="cpu"):
+    def __init__(self, model: str | Path, device="cpu"):
+        folder = model_folder(str(model))
         self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder))
         self.encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", device=device)
 
@@ -47,9 +57,10 @@ class Text:
 
 
 class Model:
-    """A whole Stable Diffusion folder, ready to draw."""
+    """A whole Stable Diffusion model, ready to draw. model: its folder or hub id, or "mini"."""
 
-    def __init__(self, folder: Path, device="cpu", dtype=torch.float32, text: Text | None = None):
+    def __init__(self, model: str | Path, device="cpu", dtype=torch.float32, text: Text | None = None):
+        folder = model_folder(str(model))
         self.folder, self.device, self.dtype = folder, torch.device(device), dtype
         self.text = text or Text(folder, device)
         self.unet = UNet.from_pretrained(folder / "unet", dtype, device)
@@ -77,18 +88,23 @@ class Model:
                                         generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     @torch.no_grad()
-    def draw(self, prompts: list[str] | Tensor, seeds: list[int], steps: int | None = None,
-             guidance: float | None = None, sampler: str = "ddim", batch: int | None = None,
-             rows: Callable | None = None, guide: Callable | None = None, beside: Tensor | None = None,
-             strength: Callable | None = None) -> Tensor:
+    def draw(self, prompts: str | list[str] | Tensor, seeds: list[int] | None = None,
+             steps: int | None = None, guidance: float | None = None, sampler: str = "ddim",
+             batch: int | None = None, rows: Callable | None = None, guide: Callable | None = None,
+             beside: Tensor | None = None, strength: Callable | None = None) -> Tensor:
         """B prompts, or their rows [B, T, D], and B seeds -> pictures [B, 3, H, W] in [0, 1], float32, on the
-        CPU. Shows progress. What is None is the model's default. Raises UserError for impossible steps.
+        CPU. Shows progress. What is None is the model's default; seeds: 0, 1, … One prompt as a string is
+        drawn once for each seed. Raises UserError for impossible steps.
 
         For methods that change how a model draws: rows(c) gives other rows [B, T, D] for the prompts' rows c.
         guide(u, c, t, …) -> noise takes the place of u + s (c − u); it is called in the order of the steps, a
         batch at a time, with one more prediction for each of `beside`'s rows [k, T, D]. strength(c) says how
         much of the edit that was `put` a prompt with rows c [T, D] is drawn with: 0 none, 1 all of it.
         """
+        if isinstance(prompts, str):
+            seeds = [0] if seeds is None else list(seeds)
+            prompts = [prompts] * len(seeds)
+        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         steps = self.defaults["steps"] if steps is None else steps
         guidance = self.defaults["guidance"] if guidance is None else guidance
         side = self.defaults["size"] // self.vae.factor
@@ -140,43 +156,81 @@ class Model:
         return torch.stack(drawn)
 
 
+def draw_each(model: Model, prompts: list[str], edits: dict[str, dict[str, Tensor]], seeds: Iterable[int],
+              **how) -> dict[str, Tensor]:
+    """{name: edited tensors} -> {name: pictures [prompts, seeds, 3, H, W]}, all from the same noise; {} is
+    the untouched model. how: as `Model.draw` takes it."""
+    seeds, worn, drawn = list(seeds), model.worn, {}
+    for name, W in edits.items():
+        model.put(W)
+        pictures = model.draw([prompt for prompt in prompts for _ in seeds], seeds * len(prompts), **how)
+        drawn[name] = pictures.unflatten(0, (-1, len(seeds)))
+    model.put(worn)
+    return drawn
+
+
+def show(model: Model, prompts: list[str], edits: dict[str, dict[str, Tensor]] | None = None,
+         seeds: Iterable[int] = range(4), **how) -> svg.Drawing:
+    """The untouched model and edits, {name: edited tensors}, side by side: a notebook displays what is
+    returned, `plumbing.svg.write` saves it."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    return labelled(draw_each(model, prompts, {"untouched": {}} | (edits or {}), seeds, **how), prompts)
+
+
+def labelled(drawn: dict[str, Tensor], prompts: list[str], **words) -> svg.Drawing:
+    """The sheet of {name: pictures [prompts, n, 3, H, W]}: a row per prompt, a column per name."""
+    return svg.sheet([[pictures[i] for pictures in drawn.values()] for i in range(len(prompts))],
+                     [prompt or "(no text)" for prompt in prompts], list(drawn), **words)
+
+
+def write_sheets(path: Path, drawn: dict[str, Tensor], prompts: list[str], about: dict, **words) -> None:
+    """`path`, a plain PNG that holds `about`, columns and prompts as text, and the labelled SVG beside it."""
+    write_sheet(path, *drawn.values(), text={"prompt": prompts[0] if len(prompts) == 1 else prompts,
+                                             "columns": list(drawn)} | about)
+    svg.write(path.with_suffix(".svg"), labelled(drawn, prompts, **words))
+
+
 def main() -> None:
     parser = program(__doc__)
     parser.add_argument("prompts", nargs="+", help="one row of pictures each")
     model_args(parser)
-    parser.add_argument("--edit", action="append", default=[], help="an edit folder such as out/airplane")
-    parser.add_argument("--n", type=int, default=4, help="pictures per prompt (default 4)")
+    parser.add_argument("--edit", action="append", default=[], help=f"{EDIT}; several are compared")
+    parser.add_argument("--n", type=int, default=4, help="pictures per prompt and edit (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture in a row (default 0)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's; SD 50)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's; SD 7.5)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="ddim (default) or pndm")
     parser.add_argument("--batch", type=int, help="pictures drawn at a time (default: by their size)")
-    parser.add_argument("--out", type=Path, help="PNG to write; must not exist (default: a new name in out/)")
+    parser.add_argument("--out", type=Path, help="PNG to write, an SVG beside it; neither may exist (default: a "
+                                                 "new name in out/)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: for many pictures")
     args = parser.parse_args()
     check_seed(args.seed)
     if args.n < 1 or (args.batch is not None and args.batch < 1):
         raise UserError("--n and --batch must be at least 1")
-    if args.out and args.out.exists():
-        raise UserError(f"{args.out} exists: choose another --out")
-    edit = only(args.edit)
-    model = Model(model_folder(args.model), pick_device(args.device), DTYPES[args.dtype])
-    if edit:
-        model.put(read_edit(edit, model.folder))
+    out = args.out or free_name(Path("out") / f"{slug(args.prompts[0]) or 'empty'}-seed{args.seed}.png")
+    if out.suffix == ".svg":
+        raise UserError(f"--out {out} names the PNG; the SVG comes beside it")
+    for path in (out, out.with_suffix(".svg")):
+        if path.exists():
+            raise UserError(f"{path} exists: choose another --out")
+    names = edit_labels(args.edit)
+    model = Model(args.model, pick_device(args.device), DTYPES[args.dtype])
+    edits = {"untouched": {}} | {name: read_edit(edit, model.folder) for name, edit in zip(names, args.edit)}
     if args.compile:
         model.unet.compile()
     steps = model.defaults["steps"] if args.steps is None else args.steps
     guidance = model.defaults["guidance"] if args.guidance is None else args.guidance
-    start = time.perf_counter()
-    prompts = [prompt for prompt in args.prompts for _ in range(args.n)]
-    seeds = [args.seed + i for _ in args.prompts for i in range(args.n)]
-    pictures = model.draw(prompts, seeds, steps, guidance, args.sampler, args.batch)
-    seconds = (time.perf_counter() - start) / len(pictures)
-    out = args.out or free_name(Path("out") / f"{slug(args.prompts[0]) or 'empty'}-seed{args.seed}.png")
+    start, seeds = time.perf_counter(), range(args.seed, args.seed + args.n)
+    drawn = draw_each(model, args.prompts, edits, seeds, steps=steps, guidance=guidance, sampler=args.sampler,
+                      batch=args.batch)
+    seconds = (time.perf_counter() - start) / (len(drawn) * len(args.prompts) * args.n)
+    how = f"seeds {seeds[0]}–{seeds[-1]}, {steps} steps of {args.sampler}, guidance {guidance}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_sheet(out, pictures.unflatten(0, (-1, args.n)))
-    print(f"{out}  seeds {args.seed}–{args.seed + args.n - 1}, {steps} steps of {args.sampler}, "
-          f"guidance {guidance}, {seconds:.2f} s per picture")
+    settings = {"steps": steps, "guidance": guidance, "sampler": args.sampler, "dtype": args.dtype}
+    write_sheets(out, drawn, args.prompts, {"seed": list(seeds), "edit": args.edit, "model": args.model,
+                                            "settings": settings}, footer=f"{args.model}: {how}")
+    print(f"{out}  {how}, {seconds:.2f} s per picture\n{out.with_suffix('.svg')}  the same with labels")
 
 
 if __name__ == "__main__":

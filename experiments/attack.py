@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from erasing import gram
 from eval_clip import judge
 from plumbing import UserError, svg
-from plumbing.cli import DTYPES, Clock, command_line, measuring_args, pick_device, program
+from plumbing.cli import DTYPES, EDIT, Clock, command_line, measuring_args, pick_device, program
 from plumbing.disk import whole
-from plumbing.edits import about_edit, base_hash, concepts_of, cross_attention, read_edit
+from plumbing.edits import base_hash, cross_attention, erased_by, original, read_edit
 from plumbing.models import fingerprint, model_folder
 from plumbing.pictures import write_sheet
 from plumbing.prompts import TASKS, choices, row_prompts
@@ -78,7 +78,7 @@ class Target:
 def phrases(target: Target) -> dict[str, Tensor]:
     """Synonyms, associated phrases and paraphrases, as anybody would type them: black box, no optimisation.
 
-    The paper's "concept residue". Ours are the class's own in mini/captions.json, or the paper's appendix.
+    The paper's "concept residue". Ours are the class's own in the book, or the paper's appendix.
     """
     groups = row_prompts(target.concept, target.task, range(1))
     prompts = [prompt for group in "ga" for _, prompt, _ in groups.get(group, [])]
@@ -91,9 +91,11 @@ def embedding(target: Target) -> dict[str, Tensor]:
 
     White box: both models' cross-attention is needed, but no gradient. Two ridges, relative to G's diagonal.
     """
-    G, C = gram(target.W, target.W), gram(target.W, target.W0)
+    W, W0 = ({name: x for name, x in some.items() if name.endswith((".to_k.weight", ".to_v.weight"))
+              and "attn2" in name} for some in (target.W, target.W0))          # what reads the text
+    G, C = gram(W, W), gram(W, W0)
     e, I = target.model.text([target.prompt])[0].cpu().double(), torch.eye(len(G), dtype=G.dtype)
-    size = gram(target.W0, target.W0).trace().item() / len(G)
+    size = gram(W0, W0).trace().item() / len(G)
     return {f"embedding, λ = {lam:g}": derive(I, G, C, e, lam * size).float() for lam in (1e-3, 1e-1)}
 
 
@@ -266,21 +268,22 @@ def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[d
 
 def main() -> None:
     parser = program(__doc__)
-    parser.add_argument("--edit", help="an edit folder of realera.py or rece.py")
-    parser.add_argument("--concept", help="attack the untouched model instead, as a check")
+    parser.add_argument("--edit", help=EDIT)
+    parser.add_argument("--concept", help="what to bring back, if the edit does not say it; without --edit "
+                                          "the untouched model is attacked, as a check")
     parser.add_argument("--attack", nargs="+", choices=["all", *ATTACKS], default=["all"],
                         help="which (default: all)")
     parser.add_argument("--budget", type=int, default=100, help="steps of prefix and tokens (default 100)")
     parser.add_argument("--choose", type=int, default=4, help="pictures to choose a candidate by (default 4)")
     args = measuring_args(parser)
-    if bool(args.edit) == bool(args.concept):
+    if not args.edit and not args.concept:
         raise UserError("give --edit out/NAME, or --concept NAME to attack the untouched model")
     if args.budget < 1 or args.choose < 1:
         raise UserError("--budget and --choose must be at least 1")
     device, folder = pick_device(args.device), model_folder(args.model)
-    erased = concepts_of(about_edit(args.edit) if args.edit else {"concepts": [args.concept.lower()]})
-    W0 = cross_attention(folder)
+    erased = erased_by([args.edit], [args.concept] if args.concept else [])
     W = read_edit(args.edit, folder) if args.edit else {}
+    W0 = cross_attention(folder) | original(folder, W)            # an edit may change others, too
     names = list(ATTACKS) if "all" in args.attack else list(dict.fromkeys(args.attack))
     name = Path(args.edit).name if args.edit else f"untouched-{args.concept.lower()}"
     out = args.out or Path("out/attack") / name

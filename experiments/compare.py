@@ -15,11 +15,10 @@ from eval_clip import judge, outcomes, summary
 from experiments.attack import ATTACKS, Target, attack
 from plumbing import UserError, svg
 from plumbing.cli import DTYPES, command_line, measuring_args, pick_device, program
-from plumbing.disk import read_json
 from plumbing.edits import base_hash, cross_attention, read_edit
 from plumbing.making import Recipe, make_edits, recipe
 from plumbing.models import model_folder
-from plumbing.prompts import BOOK, row_prompts
+from plumbing.prompts import book, row_prompts
 from plumbing.results import WORLD, evaluate
 from plumbing.stats import as_markdown, wilson, write_tables
 from sample import Model
@@ -45,15 +44,16 @@ def plot(rows: list[dict], names: list[str]) -> svg.Drawing:
 
 
 def main() -> None:
-    classes = list(read_json(BOOK)["classes"])
     parser = program(__doc__)
     parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS),
                         help="default: all, the gradient attacks among them")
-    parser.add_argument("--concept", nargs="+", choices=classes, default=classes, help="default: all ten")
+    parser.add_argument("--concept", nargs="+", help="classes to erase (default: all ten)")
     parser.add_argument("--budget", type=int, default=100, help="steps of prefix and tokens (default 100)")
     parser.add_argument("--choose", type=int, default=4, help="pictures to choose a candidate by (default 4)")
     args = measuring_args(parser)
-    args.out = args.out or Path("out/tables")
+    args.out, args.concept = args.out or Path("out/tables"), args.concept or list(book()["classes"])
+    for concept in args.concept:
+        row_prompts(concept, "object", range(1))                  # an unknown one is an error at once
     if WORLD > 1:
         raise UserError("this attacks in one process: start it without torchrun")
     folder, device = model_folder(args.model), pick_device(args.device)

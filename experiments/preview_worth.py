@@ -14,10 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from erasing import edited, make_pairs, movement
 from eval_clip import CLIP, shown
 from plumbing.cli import command_line, program
-from plumbing.disk import read_json
 from plumbing.edits import cross_attention
 from plumbing.models import MINI
-from plumbing.prompts import BOOK, preserved_prompts, prompts_of
+from plumbing.prompts import book, preserved_prompts, prompts_of
 from plumbing.stats import correlation, ranks
 from realera import Settings, erase_in_closed_form
 from sample import Model
@@ -30,13 +29,13 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=10, help="to erase: the first so many (default 10)")
     args = parser.parse_args()
     model, clip, W0 = Model(Path(MINI)), CLIP.from_pretrained(Path(MINI) / "clip"), cross_attention(MINI)
-    moved, kept, kinds, s, book = [], [], [], Settings(), read_json(BOOK)["classes"]
-    for concept, entry in list(book.items())[:args.classes]:
+    moved, kept, kinds, s, classes = [], [], [], Settings(), book()["classes"]
+    for concept, entry in list(classes.items())[:args.classes]:
         pairs = make_pairs([concept], [entry["anchor"]], "object", model.text, s.rows, 0)
         delta, _ = erase_in_closed_form(pairs, model.text(preserved_prompts("object", pairs)), s)
         # synonyms of the other classes: nothing keeps those, as P holds only the classes' own names
-        groups = prompts_of(concept) | {"s'": [(name, f"a photo of the {book[name]['synonyms'][0]}")
-                                                for name in book if name != concept]}
+        groups = prompts_of(concept) | {"s'": [(name, f"a photo of the {classes[name]['synonyms'][0]}")
+                                                for name in classes if name != concept]}
         prompts = [prompt for group in groups.values() for prompt in group]
         kinds += [kind for kind, group in groups.items() for _ in group]
         moved += movement(delta, [prompt for _, prompt in prompts], model.text)

@@ -23,7 +23,7 @@ from plumbing.disk import read_json
 from plumbing.edits import base_hash, cross_attention, read_edit
 from plumbing.making import Recipe, make_edits, recipe
 from plumbing.models import model_folder
-from plumbing.prompts import BOOK, preserved_prompts, row_prompts
+from plumbing.prompts import book, preserved_prompts, row_prompts
 from plumbing.results import RANK, evaluate
 from plumbing.stats import as_markdown, write_tables
 from realera import Settings, erase_in_closed_form
@@ -79,16 +79,17 @@ def measure(rows: list[tuple[str, str, list[str] | None]], args) -> list[tuple[d
 
 
 def table(number: int, args) -> list[dict]:
-    concepts = list(read_json(BOOK)["classes"]) if number == 1 else ["automobile"]
+    concepts = list(book()["classes"]) if number == 1 else [args.concept]
     variants = {"untouched": None} | {name: args.set + settings for name, settings in TABLES[number].items()}
     measured = measure([(c, name, settings) for c in concepts for name, settings in variants.items()], args)
     rows = []
+    average = f"average of {'ten' if len(concepts) == 10 else len(concepts)}"
     for how in ("top-1", "ten-way", "probability"):
         rows += [{"counted": how} | about | summary([counted[how]]) for about, counted in measured]
         for name in variants if len(concepts) > 1 else []:
             some = [counted[how] for about, counted in measured if about["variant"] == name]
             drift = sum(about["drift"] for about, _ in measured if about["variant"] == name) / len(some)
-            about = {"counted": how, "erased": "average of ten", "variant": name, "drift": round(drift, 3)}
+            about = {"counted": how, "erased": average, "variant": name, "drift": round(drift, 3)}
             rows.append(about | summary(some))
     return rows
 
@@ -131,7 +132,7 @@ def sweep(args) -> list[dict]:
     """Per line of SWEEP: how far concept, synonyms, phrases and other classes go along, and the drift of
     unrelated prompts, means over the ten classes. The closed form only: no U-Net is loaded."""
     text, rows = Text(model_folder(args.model)), []
-    classes = read_json(BOOK)["classes"]
+    classes = book()["classes"]
     for line in SWEEP:
         s, found = parse_settings(Settings, [*args.set, *line.split()]), []
         for concept, entry in classes.items():
@@ -157,10 +158,12 @@ def main() -> None:
     what.add_argument("--sweep", action="store_true", help="settings beside the defaults, by text alone")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
                         help="settings of realera.py for every edit")
-    parser.add_argument("--concept", default="automobile", help="of the figure (default automobile)")
+    parser.add_argument("--concept", help="of table 3 and the figure (default automobile)")
     parser.add_argument("--edit-seed", type=int, default=0, help="of mining and LoRA (default 0)")
     args = measuring_args(parser)
     args.out = args.out or Path("out/tables")
+    classes = book()["classes"]
+    args.concept = args.concept or ("automobile" if "automobile" in classes else min(classes))
     row_prompts(args.concept, "object", range(1))                 # an unknown concept is an error at once
     rows = table(args.table, args) if args.table else figure(args) if args.figure else sweep(args)
     if RANK == 0:

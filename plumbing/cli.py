@@ -13,7 +13,7 @@ import torch
 from plumbing import UserError
 from plumbing.disk import refuse_existing
 from plumbing.models import MINI
-from plumbing.prompts import TASKS
+from plumbing.prompts import TASKS, use_book
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,11 +59,8 @@ def model_args(parser: argparse.ArgumentParser) -> None:
                         help="of U-Net and VAE; text encoder and algebra keep theirs (default float32)")
 
 
-def only(edits: list[str]) -> str | None:
-    """The one --edit, or None. Raises UserError for several."""
-    if len(edits) > 1:
-        raise UserError(f"one --edit at a time; as one: python tools/merge.py {' '.join(map(str, edits))}")
-    return edits[0] if edits else None
+EDIT = "an edit folder such as out/airplane, a .safetensors file or a diffusers folder"
+BOOK = "JSON file of classes, synonyms, phrases and scenes of your own, in the form of mini/captions.json"
 
 
 def lines_of(path: Path) -> list[str]:
@@ -83,8 +80,9 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str, an
     parser = program(doc, epilog=f"settings and their defaults: {settings}")
     parser.add_argument("--concept", action="append", required=True, help="what to erase; may be repeated")
     parser.add_argument("--anchor", action="append", help="what to draw instead, one each (default: "
-                        + ("by task)" if anchor is None else "nothing)"))
+                        + ("a class's own in the book, else by task)" if anchor is None else "nothing)"))
     parser.add_argument("--task", choices=TASKS, default="object", help="prompt templates and default anchor")
+    parser.add_argument("--book", type=Path, metavar="FILE", help=BOOK)
     parser.add_argument("--out", type=Path, help=f"edit folder to write (default: out/<concept>{suffix})")
     parser.add_argument("--overwrite", action="store_true", help="replace the edit folder if it exists")
     parser.add_argument("--export", type=Path, help="also write a whole pipeline folder for diffusers")
@@ -99,6 +97,7 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str, an
                         help="change settings, each NAME=VALUE; they are listed below")
     flags = [parser.add_argument(flag, **keywords).dest for flag, keywords in own.items()]
     args = parser.parse_args()
+    use_book(args.book)
     if args.n < 1:
         raise UserError("--n must be at least 1; --no-pictures draws none")
     check_seed(args.seed)
@@ -126,6 +125,7 @@ def check_export(export: Path, out: Path, model: Path) -> None:
 def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the flags of every script that counts what CLIP sees, beside the parser's own."""
     model_args(parser)
+    parser.add_argument("--book", type=Path, metavar="FILE", help=BOOK)
     parser.add_argument("--clip", help="CLIP to judge by: folder or hub id (default: the model's own clip/)")
     parser.add_argument("--n", type=int, help="pictures per prompt (default 20; the paper: 200)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's; the paper: 50)")
@@ -136,6 +136,7 @@ def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
                         help="folder to write; what lies there is gone on from (default: one in out/)")
     parser.add_argument("--keep-pictures", action="store_true", help="keep every picture as a PNG, too")
     args = parser.parse_args()
+    use_book(args.book)
     if args.n is None:
         args.n = 4 if args.quick else 20
     if args.steps is None and args.quick:
@@ -197,11 +198,18 @@ def edit_name(concepts: list[str], suffix: str = "") -> Path:
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or `path` with -2, -3, … before its ending if that exists."""
+    """`path`, or `path` with -2, -3, … before its ending if that, or an SVG beside it, exists."""
     candidate, i = path, 2
-    while candidate.exists():
+    while candidate.exists() or candidate.with_suffix(".svg").exists():
         candidate, i = path.with_name(f"{path.stem}-{i}{path.suffix}"), i + 1
     return candidate
+
+
+class NoFlags(argparse.Namespace):
+    """The flags of a job that no command line asked for: None, each."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class Clock:

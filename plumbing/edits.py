@@ -1,6 +1,7 @@
 """An edit's file, `erased.safetensors`, and the model that it was made for."""
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from plumbing import UserError
 from plumbing.disk import is_edit, read_json, readable, whole
-from plumbing.weights import finite, read_tensors
+from plumbing.weights import find_weights, finite, read_tensors
 
 
 def cross_attention(folder: str | Path) -> dict[str, Tensor]:
@@ -41,15 +42,48 @@ def write_edit(folder: Path, tensors: dict[str, Tensor], about: dict) -> None:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"edit": json.dumps(about)})
 
 
-def about_edit(folder: str | Path) -> dict:
-    """How an edit came about: method, concepts, anchors, settings, base_hash."""
-    path, report = Path(folder) / "erased.safetensors", Path(folder) / "run.json"
-    if not path.exists() and is_edit(Path(folder)):               # of a method that changes no weights
-        return read_json(report)
-    if not path.exists():
-        raise UserError(f"--edit {folder}: no erased.safetensors there (realera.py writes it)")
+def edit_file(edit: str | Path) -> Path | None:
+    """Where an edit's tensors lie: erased.safetensors of an edit folder, a file of somebody else's, or the
+    U-Net of a whole diffusers folder. None if it is an edit folder of a method that changes no weights."""
+    path = Path(edit)
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    if (path / "erased.safetensors").exists():
+        return path / "erased.safetensors"
+    if (path / "model_index.json").exists():
+        return find_weights(path / "unet", "diffusion_pytorch_model")
+    if not is_edit(path):
+        raise UserError(f"--edit {edit}: no erased.safetensors there (realera.py writes it); a .safetensors "
+                        "file or a diffusers folder with a model_index.json will do, too")
+    return None
+
+
+def about_edit(edit: str | Path) -> dict:
+    """How an edit came about: method, concepts, anchors, settings, base_hash; {} if it was made elsewhere."""
+    path = edit_file(edit)
+    if path is None:                                              # of a method that changes no weights
+        return read_json(Path(edit) / "run.json")
     with readable(path), safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("edit", "{}"))
+        said = (file.metadata() or {}).get("edit", "{}")
+    try:
+        about = json.loads(said)
+    except json.JSONDecodeError:                                  # somebody else's "edit"
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def edit_labels(edits: list[str]) -> list[str]:
+    """What edits are called side by side: their folders' names, and as much of the path before as tells them
+    apart. Raises UserError for an edit that is given twice."""
+    paths = [Path(edit).absolute() for edit in edits]
+    paths = [path.parent if path.name == "erased.safetensors" else path for path in paths]
+    if twice := [edit for edit, path in zip(edits, paths) if paths.count(path) > 1]:
+        raise UserError(f"--edit {twice[0]} is given twice")
+    for k in range(1, 1 + max((len(path.parts) for path in paths), default=1)):
+        labels = ["-".join(path.parts[-k:]).removesuffix(".safetensors") for path in paths]
+        if len({*labels, "untouched"}) > len(labels):             # which the model itself is called
+            break
+    return labels
 
 
 def concepts_of(about: dict) -> list[tuple[str, str]]:
@@ -58,18 +92,50 @@ def concepts_of(about: dict) -> list[tuple[str, str]]:
     return list(zip(concepts, about.get("tasks") or [about.get("task", "object")] * len(concepts)))
 
 
-def read_edit(folder: str | Path, model: str | Path) -> dict[str, Tensor]:
-    """The edited tensors of `out/<name>`, after checking that they were made from this model; {} if the
-    method changes no weights."""
-    path, made_for, tensors = Path(folder) / "erased.safetensors", about_edit(folder).get("base_hash"), {}
-    if path.exists():
+def erased_by(edits: list[str], concepts: list[str], task: str = "object") -> list[tuple[str, str]]:
+    """(concept, task) of all that these edits erase together; `concepts` (--concept) says it in their place.
+    Raises UserError for an edit that does not say it."""
+    found = [(concept.lower(), task) for concept in concepts]
+    for edit in () if concepts else edits:
+        said = concepts_of(about_edit(edit))
+        if not said:
+            raise UserError(f"--edit {edit} does not say what it erases: add --concept NAME")
+        found += said
+    return list(dict.fromkeys(found))
+
+
+def read_edit(edit: str | Path, model: str | Path) -> dict[str, Tensor]:
+    """The edited tensors of out/<name>, after checking that they were made from this model; {} if the method
+    changes no weights.
+
+    Also of an edit that was made elsewhere, part of a U-Net or all of it: those that differ from the model's
+    in half precision, in the dtype of its file. A warning says what cannot be checked. Raises UserError for
+    what does not fit.
+    """
+    path, made_for, tensors = edit_file(edit), about_edit(edit).get("base_hash"), {}
+    if path:
         with readable(path), safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    _, base = read_tensors(Path(model) / "unet", "diffusion_pytorch_model")
-    fits = all(name in base and tensor.shape == base[name].shape for name, tensor in tensors.items())
-    if made_for != base_hash(cross_attention(model)) or not fits:
-        raise UserError(f"--edit {folder} was made for another model than {model}")
-    return tensors
+    where, base = read_tensors(Path(model) / "unet", "diffusion_pytorch_model")
+    wrong = [name for name, tensor in tensors.items()
+             if name not in base or tensor.shape != base[name].shape]
+    if made_for and (made_for != base_hash(cross_attention(model)) or wrong):
+        raise UserError(f"--edit {edit} was made for another model than {model}")
+    if not path or made_for and path.name == "erased.safetensors":
+        return tensors
+    if wrong:
+        raise UserError(f"--edit {edit} does not fit {model}: {where.name} has no {wrong[0]} of shape "
+                        f"{list(tensors[wrong[0]].shape)}")
+    if bad := [name for name, tensor in tensors.items() if not finite(tensor)]:
+        raise UserError(f"--edit {edit} has NaN or infinity in {bad[0]}")
+    changed = {name: tensor.to(base[name].dtype) for name, tensor in tensors.items()
+               if not torch.equal(tensor.half(), base[name].half())}
+    if not changed:
+        raise UserError(f"--edit {edit} changes nothing: its {len(tensors)} tensors are those of {model}")
+    if not made_for:
+        print(f"warning: --edit {edit} does not say which model it was made for, so that cannot be checked; "
+              f"{len(changed)} of its {len(tensors)} tensors differ from {model}'s", file=sys.stderr)
+    return changed
 
 
 def original(folder: str | Path, names) -> dict[str, Tensor]:

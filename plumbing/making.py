@@ -9,8 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from plumbing import UserError
-from plumbing.disk import read_json
-from plumbing.prompts import BOOK
+from plumbing.prompts import BOOK, CHOSEN, anchor_of
 from plumbing.results import RANK, WORLD, barrier
 
 
@@ -39,16 +38,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def recipe(method: str, concept: str, settings: list[str] = (), seed: int = 0, dtype: str = "float32",
            start: Recipe | None = None) -> Recipe:
-    """The recipe for one of the ten classes, with its own anchor and `--set settings`; of a setting that is
+    """The recipe for one of the classes, with its own anchor and `--set settings`; of a setting that is
     given twice the last counts. dtype: only where something is trained: closed forms are the same in all."""
     last = {setting.partition("=")[0]: setting for setting in settings}
     flags = ["--set", *(last[name] for name in sorted(last))] if last else []
+    own = () if CHOSEN[0] == BOOK else ("--book", str(CHOSEN[0]))
     return Recipe(method, concept, (*flags, "--seed", str(seed), "--dtype", dtype, "--anchor",
-                                    anchor_of(concept)), start)
-
-
-def anchor_of(concept: str) -> str:
-    return read_json(BOOK)["classes"][concept]["anchor"]
+                                    anchor_of(concept), *own), start)
 
 
 def make_edits(recipes: list[Recipe], out: Path, base: str, model: str, device: str) -> None:

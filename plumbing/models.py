@@ -18,11 +18,13 @@ MINI = str(Path(__file__).resolve().parents[1] / "mini")                        
 
 
 def model_folder(name: str, flag: str = "--model") -> Path:
-    """A folder, or a single file of SD v1, as it is; a hub id such as CompVis/stable-diffusion-v1-4
-    downloaded (as needed) or cached."""
+    """A folder, or a single file of SD v1, as it is; "mini" from whichever folder; a hub id such as
+    CompVis/stable-diffusion-v1-4 downloaded (as needed) or cached."""
     path = Path(name)
     if path.is_dir():
         return path
+    if name == "mini":
+        return Path(MINI)
     if path.is_file():
         check_single_file(path, flag)
         return path

@@ -11,6 +11,7 @@ TASKS = {                       # prompt of a concept or anchor, and anchor if n
     "explicit": ("{}", "a person wearing clothes"),
 }
 BOOK = Path(__file__).resolve().parents[1] / "mini" / "captions.json"    # classes, synonyms, phrases, scenes
+CHOSEN = [BOOK]                 # the book in use: --book changes it
 # What must stay, beside what it is checked on: the two lists share no word.
 PRESERVED = ("bird cat deer dog frog horse ship truck automobile airplane house tree chair table apple river "
              "mountain guitar clock bottle bridge garden window book shoe cup lamp street grass sea").split()
@@ -34,6 +35,40 @@ ASSOCIATED = {
 }
 
 
+def use_book(path: Path | None) -> None:
+    """From now on classes, synonyms, phrases and scenes are those of --book, a JSON file in the form of
+    mini/captions.json; None: mini's again. Raises UserError saying what it lacks."""
+    if path and not path.is_file():
+        raise UserError(f"--book {path}: no such file")
+    CHOSEN[0] = path or BOOK
+    try:
+        classes, scenes = book()["classes"], book()["scenes"]
+        for name, entry in classes.items():
+            if name != name.lower() or not (isinstance(entry["anchor"], str) and entry["synonyms"]):
+                raise ValueError
+            texts = [*entry["synonyms"], *entry["associated"], *scenes]
+            if not all(isinstance(text, str) for text in texts) or "" in texts:
+                raise ValueError
+        if len(classes) < 2:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(
+            f'--book {path} needs {{"classes": {{"pizza": {{"anchor": "plate", "synonyms": ["margherita"], '
+            '"associated": ["a slice in a box"]}, …}, "scenes": ["table", …]}: two classes or more, their '
+            "names in lower case, a synonym or more each; phrases and scenes may be []") from None
+
+
+def book() -> dict:
+    """{"classes": {name: {"anchor", "synonyms", "associated"}}, "scenes": […]}: mini's, or --book's."""
+    return read_json(CHOSEN[0])
+
+
+def anchor_of(concept: str, task: str = "object") -> str:
+    """A class's own anchor in the book; of anything else the task's."""
+    classes = book()["classes"] if task == "object" else {}
+    return classes[concept]["anchor"] if concept in classes else TASKS[task][1]
+
+
 def preserved_prompts(task: str, pairs) -> list[str]:
     """"" (guidance's other half) first, the task's bare template, and 30 nouns but those of the pairs."""
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
@@ -43,7 +78,7 @@ def preserved_prompts(task: str, pairs) -> list[str]:
 
 def prompts_to_watch(concept: str) -> list[tuple[str, str]]:
     """(what should be seen, prompt): the concept, two synonyms, two associated phrases, three others."""
-    classes = read_json(BOOK)["classes"]
+    classes = book()["classes"]
     entry, names = classes.get(concept, {"synonyms": [], "associated": []}), list(classes)
     first = names.index(concept) + 1 if concept in names else 0
     others = [names[(first + i * 3) % len(names)] for i in range(3)]
@@ -62,7 +97,7 @@ def row_prompts(concept: str, task: str, seeds: range, erased=()) -> dict[str, l
     Raises UserError for a concept without prompts.
     """
     template, name = TASKS[task][0], concept.lower()
-    known = ASSOCIATED.get(task) or (read_json(BOOK)["classes"] if task == "object" else {})
+    known = ASSOCIATED.get(task) or (book()["classes"] if task == "object" else {})
     if name not in known:
         raise UserError(f"{concept!r} ({task}) has no built-in prompts"
                         + f" (there are {', '.join(known)})" * bool(known)
@@ -85,16 +120,15 @@ def row_prompts(concept: str, task: str, seeds: range, erased=()) -> dict[str, l
 
 def names_to_choose(pairs) -> list[str]:
     """What CLIP chooses among when an edit is looked at: classes, scenes, concepts and anchors."""
-    book = read_json(BOOK)
     named = [name for pair in pairs for name in (pair.concept, pair.anchor) if name]
-    return list(dict.fromkeys([*book["classes"], *book["scenes"], *named]))
+    return list(dict.fromkeys([*book()["classes"], *book()["scenes"], *named]))
 
 
 def choices(task: str) -> tuple[list[str], list[str]]:
     """What CLIP chooses among: names, and prompts: first theirs, then those of what serves as an anchor."""
     template, anchor = TASKS[task]
-    names = [*(ASSOCIATED.get(task) or read_json(BOOK)["classes"])]
-    anchors = [anchor] if task in ASSOCIATED else [template.format(x) for x in read_json(BOOK)["scenes"]]
+    names = [*(ASSOCIATED.get(task) or book()["classes"])]
+    anchors = [anchor] if task in ASSOCIATED else [template.format(x) for x in book()["scenes"]]
     return names, [template.format(name) for name in names] + anchors
 
 

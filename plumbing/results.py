@@ -24,10 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plumbing import UserError
-from plumbing.disk import link, whole
-from plumbing.edits import base_hash
+from plumbing.disk import link, read_json, whole
+from plumbing.edits import base_hash, edit_file
 from plumbing.models import fingerprint
 from plumbing.pictures import write_png
+from plumbing.prompts import book
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # torchrun sets these
 Picture = tuple[str, int]                                         # prompt and seed
@@ -39,6 +40,26 @@ def barrier() -> None:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
         torch.distributed.barrier()
+
+
+def read_features(files: list[Path], width: int) -> tuple[dict[Picture, Tensor], int]:
+    """Features [width] by (prompt, seed), and how many lines are unreadable. Of a picture that is there
+    twice, the first counts."""
+    found, bad = {}, 0
+    for path in files:
+        for line in path.read_bytes().split(b"\n") if path.exists() else []:
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                feature = np.frombuffer(base64.b64decode(record["feature"], validate=True), np.float16)
+                if len(feature) != width:
+                    raise ValueError
+                found.setdefault((record["prompt"], int(record["seed"])),
+                                 torch.from_numpy(feature.astype(np.float32)))
+            except (ValueError, KeyError, TypeError):             # cut off in mid-write, or damaged
+                bad += 1
+    return found, bad
 
 
 class Results:
@@ -57,22 +78,19 @@ class Results:
                   file=sys.stderr)
 
     def read(self) -> int:
-        """Everything that any process has written; of a picture that is there twice, the first counts."""
-        self.found, bad = {}, 0
-        for path in (self.all, *sorted(self.folder.glob("process*.jsonl"))):
-            for line in path.read_bytes().split(b"\n") if path.exists() else []:
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                    feature = np.frombuffer(base64.b64decode(record["feature"], validate=True), np.float16)
-                    if len(feature) != self.width:
-                        raise ValueError
-                    self.found.setdefault((record["prompt"], int(record["seed"])),
-                                          torch.from_numpy(feature.astype(np.float32)))
-                except (ValueError, KeyError, TypeError):         # cut off in mid-write, or damaged
-                    bad += 1
+        """Everything that any process has written; how many lines are unreadable."""
+        self.found, bad = read_features([self.all, *sorted(self.folder.glob("process*.jsonl"))], self.width)
         return bad
+
+    def take_over(self, jobs: list[Picture], folders: list[Path]) -> int:
+        """Add what results of these very settings in other `folders` have of `jobs`. Returns how many."""
+        files = [folder / self.folder.name / self.all.name for folder in folders]
+        there, _ = read_features([file for file in files if file != self.all], self.width)
+        new = {job: there[job] for job in jobs if job in there and job not in self.found}
+        if new and RANK == 0:
+            self.add(list(new), torch.stack(list(new.values())))
+        self.found |= new
+        return len(new)
 
     @staticmethod
     def lines(jobs: list[Picture], features: list[Tensor]) -> bytes:
@@ -102,12 +120,14 @@ class Results:
 
 def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None = None,
              guidance: float | None = None, batch: int | None = None, keep: Path | None = None,
-             what: str = "pictures", rows: dict[str, Tensor] | None = None) -> dict[Picture, Tensor]:
+             what: str = "pictures", rows: dict[str, Tensor] | None = None,
+             reuse: list[Path] = ()) -> dict[Picture, Tensor]:
     """Draw every job that no earlier run has, and return all features {(prompt, seed): [P]}.
 
     The work is cut into batches before it is dealt to the processes, so no picture depends on their number.
     keep: folder that will hold just these pictures as PNG. rows: what to show the network in place of a
-    prompt, {prompt: [T, D]}. Raises UserError for impossible settings.
+    prompt, {prompt: [T, D]}. reuse: folders of other runs; what they have of the same weights and settings
+    is taken over. Raises UserError for impossible settings.
     """
     steps = model.defaults["steps"] if steps is None else steps
     guidance = model.defaults["guidance"] if guidance is None else guidance
@@ -128,6 +148,8 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
     results = Results(folder, settings, clip.config.projection_dim)
     side = model.defaults["size"] // model.vae.factor
     batch, jobs = batch or max(1, 8192 // side ** 2), list(dict.fromkeys(jobs))
+    if (taken := results.take_over(jobs, reuse)) and RANK == 0:
+        print(f"{what}: {taken} of {len(jobs)} pictures are known from earlier runs")
     blocks = [jobs[i:i + batch] for i in range(0, len(jobs), batch)]
 
     def picture_file(job: Picture) -> Path:
@@ -160,3 +182,30 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
         for job in jobs:
             link(picture_file(job), keep / picture_file(job).name)
     return {job: results.found[job] for job in jobs}
+
+
+def asked_for(args, labels: list[str], erased: list[tuple[str, str]], folder: Path) -> dict:
+    """All that a table depends on, in JSON's types: it lies beside it as asked.json."""
+    edits = {label: fingerprint(edit_file(edit) or Path(edit) / "run.json")
+             for label, edit in zip(labels, args.edit)}
+    flags = {name: getattr(args, name) for name in ("clip", "n", "steps", "seed", "dtype", "detector")}
+    sha = {"book": json.dumps(book()).encode(), "prompts": args.prompts and args.prompts.read_bytes()}
+    return {"edits": edits, "erased": list(map(list, erased)), "model": fingerprint(folder), **flags,
+            **{name: data and hashlib.sha256(data).hexdigest() for name, data in sha.items()}}
+
+
+def out_folder(args, labels: list[str], asked: dict) -> Path:
+    """--out, or out/evaluation/<what is measured>, with -2, -3, … where the table of another command lies."""
+    def others(folder: Path) -> bool:
+        said = folder / "asked.json"
+        return (folder / "metrics.json").exists() and not (said.exists() and read_json(said) == asked)
+
+    if args.out:
+        if others(args.out) and RANK == 0:
+            print(f"warning: the table in {args.out} is of another command, and is replaced", file=sys.stderr)
+        return args.out
+    name = "-".join(filter(None, ("+".join(labels), args.prompts and args.prompts.stem)))
+    if len(name) > 80:
+        name = f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    folders = (Path("out/evaluation") / (name + f"-{i}" * (i > 1)) for i in range(1, 10 ** 6))
+    return next(folder for folder in folders if not others(folder))

@@ -1,4 +1,5 @@
 """Methods × attacks: each method's edit, and the plot."""
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -7,17 +8,21 @@ from experiments import compare
 from helpers import MINI
 from plumbing import making
 from plumbing.edits import about_edit, base_hash, cross_attention, read_edit
+from plumbing.svg import page
 
 
 def test_the_plot_puts_each_method_at_what_is_lost_and_what_comes_back():
     rows = [{"method": "a", "Acc_s": [100, 90, 100], "prefix": [0, 0, 5], "tokens": [100, 90, 100]},
             {"method": "b", "Acc_s": [80, 70, 90], "prefix": [50, 40, 60], "tokens": [25, 10, 40]}]
-    drawing = ElementTree.fromstring(compare.plot(rows, ["prefix", "tokens"]))
+    drawing = ElementTree.fromstring(page(compare.plot(rows, ["prefix", "tokens"])))
     svg = "{http://www.w3.org/2000/svg}"
-    circles = [(float(c.get("cx")), float(c.get("cy"))) for c in drawing.iter(f"{svg}circle")]
-    assert circles == [(60.0, 30.0), (480.0, 200.0)]              # nothing lost, all back; 20 % lost, half
-    words = [t.text for t in drawing.iter(f"{svg}text")]
-    assert {"a", "b", "0", "100", "20.0"} <= set(words)
+    marks = [path.get("transform") for path in drawing.iter(f"{svg}path") if path.get("transform")]
+    spots = [tuple(map(float, re.findall(r"[\d.]+", mark))) for mark in marks]
+    a, b = spots[0], spots[2]                                     # behind each stands its mark in the legend
+    words = {t.text: (float(t.get("x")), float(t.get("y"))) for t in drawing.iter(f"{svg}text")}
+    assert {"a", "b", "0", "20", "50", "100"} <= words.keys()
+    assert a[1] < b[1] and a[0] < b[0]                            # nothing lost, all back; 20 % lost, half
+    assert b[0] == pytest.approx(words["20"][0], abs=0.2) and a[1] == pytest.approx(words["100"][1] - 4, abs=0.2)
 
 
 def test_every_method_is_made_by_its_own_script_and_only_once(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def test_a_detector_of_ones_own_sees_just_the_pictures_of_this_run(teapot, tmp_p
     rows = json.loads((tmp_path / "out/detected.json").read_text())
     key = hashlib.sha256(prompt.encode()).hexdigest()[:16]
     assert rows == [{"variant": variant, "pictures": 2, "names": f"{key}-1.png {key}-4.png"}
-                    for variant in ("untouched", "edited")]
+                    for variant in ("untouched", "teapot")]
     assert (tmp_path / "out/detected.md").read_text() in done.stdout
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("nothing:here", "judges", "judges:narrow"):

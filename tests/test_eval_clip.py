@@ -253,11 +253,12 @@ def evaluated(edit, tmp_path_factory):
 
 def test_a_row_of_table_1_for_the_untouched_and_the_edited_model(evaluated):
     out, printed = evaluated
-    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "metrics.csv", "metrics.json", "metrics.md",
-                                                     "results"]
+    assert sorted(p.name for p in out.iterdir()) == ["asked.json", "grid.png", "grid.svg", "metrics.csv",
+                                                     "metrics.json", "metrics.md", "results"]
     rows = json.loads((out / "metrics.json").read_text())
     assert [(row["variant"], row["counted"]) for row in rows] == [
-        (variant, how) for variant in ("untouched", "edited") for how in ("top-1", "probability", "ten-way")]
+        (variant, how) for how in ("top-1", "probability", "ten-way")
+        for variant in ("untouched", "airplane")]
     for row in rows:
         assert list(row) == ["erased", "variant", "counted", "Acc_e", "Acc_s", "Acc_g", "Acc_a", "H_o",
                              "Fréchet"]

@@ -11,6 +11,6 @@ def test_the_figure_has_a_panel_per_stage_and_what_was_drawn_on_the_way(trained,
     subprocess.run(command, check=True)
     drawn = ElementTree.parse(tmp_path / "t.svg").getroot()
     kinds = [element.tag.rsplit("}")[-1] for element in drawn.iter()]
-    assert kinds.count("polyline") == 6 and kinds.count("image") == 4
+    assert kinds.count("polyline") == 12 and kinds.count("image") == 4   # a curve and its line in the legend
     done = subprocess.run([*command[:3], tmp_path], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ")

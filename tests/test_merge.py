@@ -2,6 +2,7 @@
 import json
 import shutil
 
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -86,15 +87,13 @@ def test_the_order_of_merged_edits_is_moot_and_sample_draws_with_them(here, edit
              "--out", f"{name}.png", cwd=tmp_path)
     ab, ba = ((tmp_path / name / "erased.safetensors").read_bytes() for name in ("ab", "ba"))
     assert ab == ba
-    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("ab", "ba", "a")]
+    pictures = [PIL.Image.open(tmp_path / f"{name}.png").tobytes() for name in ("ab", "ba", "a")]
     assert pictures[0] == pictures[1] != pictures[2]
 
 
 def test_several_edits_name_the_program_that_merges_them(refused, edits, tmp_path):
     two = ["--edit", edits / "a", "--edit", edits / "b"]
-    for command in (["sample.py", "a cat", *two], ["eval_clip.py", *two],
-                    ["tools/export.py", *two, "--lora", 1]):
-        refused(*command, cwd=tmp_path, match="tools/merge.py .*a .*b")
+    refused("tools/export.py", *two, "--lora", 1, cwd=tmp_path, match="tools/merge.py .*a .*b")
 
 
 def test_a_merged_edit_says_what_it_is_made_of(here, refused, edits, tmp_path):
@@ -126,8 +125,8 @@ def test_eval_clip_has_a_row_for_every_concept_of_merged_edits(here, edits, text
         assert torch.equal(W[name].float(), found)
     rows = json.loads((tmp_path / "out/evaluation/a+b/metrics.json").read_text())
     assert {(row["erased"], row["variant"]) for row in rows} == {
-        (concept, variant) for concept in ("airplane", "ship") for variant in ("untouched", "edited")}
-    assert all("Acc_e" in row for row in rows) and "| airplane | edited |" in capsys.readouterr().out
+        (concept, variant) for concept in ("airplane", "ship") for variant in ("untouched", "a+b")}
+    assert all("Acc_e" in row for row in rows) and "| airplane | a+b |" in capsys.readouterr().out
 
 
 def test_merged_edits_export_under_a_name_of_both(here, edits, text, tmp_path):

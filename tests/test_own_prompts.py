@@ -25,9 +25,9 @@ def test_prompts_of_a_csv_are_drawn_with_their_seeds_and_scored(teapot, clip, tm
     (tmp_path / "mine.csv").write_text(CSV, encoding="utf-8")
     run("eval_clip.py", "--prompts", "mine.csv", "--edit", teapot, "--seed", 7, "--steps", 2,
         "--keep-pictures", cwd=tmp_path)
-    out = tmp_path / "out/evaluation/mine"
+    out = tmp_path / "out/evaluation/teapot-mine"
     metrics = json.loads((out / "metrics.json").read_text())
-    for variant in ("untouched", "edited"):
+    for variant in ("untouched", "teapot"):
         rows = json.loads((out / f"pictures-{variant}.json").read_text())
         assert [(row["seed"], row["class"], row["case"]) for row in rows] == [
             (3, "cat", "17"), (5, "dog", "18"), (7, "cat", "nine, teen"), (0, None, "20")]

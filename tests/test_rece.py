@@ -177,7 +177,7 @@ def test_pictures_of_a_round_are_drawn_from_each_concepts_rows_before_and_after(
     job = types.SimpleNamespace(folder=tmp_path, model=model, pairs=pairs, seed=7)
     said = rece.draw_rounds(job, W0, [(same, e.flatten(0, 1), 0.2 * same)], 2)
     assert [line.split(":")[0] for line in said] == ["round 1, ship", "round 1, cat"]
-    assert [path.name for path in tmp_path.iterdir()] == ["round1.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round1.png", "round1.svg"]
     left, right = sheet(tmp_path / "round1.png").split(2, 1)                  # two pictures before, two after
     rece.put_weights(model.unet, edited(W0, 0 * same))
     expected = model.draw([name for name in names for _ in range(2)], [7, 8] * 2).unflatten(0, (2, 2))
@@ -225,8 +225,9 @@ def work(here, tmp_path_factory):
 
 def test_the_command_writes_the_edit_of_the_naive_loop_and_reports(work, model):
     out, W0 = work / "out/airplane-rece", doubles(cross_attention(MINI))
-    assert sorted(path.name for path in out.iterdir()) == ["before_after.png", "erased.safetensors",
-                                                           "round1.png", "run.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["before_after.png", "before_after.svg",
+                                                           "erased.safetensors",
+                                                           "round1.png", "round1.svg", "run.json"]
     about, report = about_edit(out), json.loads((out / "run.json").read_text())
     assert (about["method"], about["start"], about["concepts"], about["anchors"]) == (
         "RECE", None, ["airplane"], ["sky"])

@@ -24,7 +24,8 @@ def test_sample_writes_a_grid_and_says_what_it_did(tmp_path):
     args = ["a photo of an airplane", "a photo of the sea", "--n", 3, "--seed", 5, "--steps", 4]
     done = run("sample.py", *args, cwd=tmp_path)
     path, rest = done.stdout.strip().split("  ", 1)
-    assert re.fullmatch(r"seeds 5–7, 4 steps of ddim, guidance [\d.]+, [\d.]+ s per picture", rest)
+    assert re.fullmatch(r"seeds 5–7, 4 steps of ddim, guidance [\d.]+, [\d.]+ s per picture\n"
+                        r"out/\S+\.svg  the same with labels", rest)
     picture = PIL.Image.open(tmp_path / path)
     zoom = (picture.width - 2) // 3 - 2
     assert picture.size == (3 * (zoom + 2) + 2, 2 * (zoom + 2) + 2) and picture.mode == "RGB"

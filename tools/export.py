@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from plumbing import UserError
-from plumbing.cli import command_line, only, program
+from plumbing.cli import command_line, program
 from plumbing.edits import about_edit, original, read_edit
 from plumbing.formats import export_pipeline, write_lora
 from plumbing.models import MINI, model_folder
@@ -27,11 +27,14 @@ def main() -> None:
     args = parser.parse_args()
     if not args.folder and args.lora is None:
         raise UserError("give --folder DIR, --lora RANK, or both")
-    edit, model = only(args.edit), model_folder(args.model)
+    if len(args.edit) > 1:
+        raise UserError(f"one --edit at a time; as one: python tools/merge.py {' '.join(args.edit)}")
+    edit, model = args.edit[0], model_folder(args.model)
     W, about = read_edit(edit, model), about_edit(edit)
     if args.lora is not None:
-        write_lora(Path(edit), original(model, W), W, args.lora, about)
-        print(f"wrote {edit}/lora_rank{args.lora}.safetensors and its kohya twin")
+        folder = Path(edit).parent if Path(edit).is_file() else Path(edit)
+        write_lora(folder, original(model, W), W, args.lora, about)
+        print(f"wrote {folder}/lora_rank{args.lora}.safetensors and its kohya twin")
     if args.folder:
         export_pipeline(args.folder, model, W, about)
 
