@@ -28,7 +28,7 @@ def test_readme_has_commands():
 
 
 def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
-    """With fewer steps and pictures; what needs SD v1.4, CIFAR-10 or long, and what test_scores.py and
+    """With fewer steps and pictures; what needs SD v1.4, CIFAR-10 or long, and what test_tables.py and
     test_bench.py run, has only its flags checked. In this process, as twenty starts would take a minute."""
     os.symlink(MINI, tmp_path / "mini")
     monkeypatch.chdir(tmp_path)
