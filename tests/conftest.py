@@ -130,7 +130,7 @@ def text_folder(tmp_path):
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """once(name, make): a folder filled by make(folder), by the first worker that asks; others wait for it."""
+    """once(name, make): a folder filled by make(folder), by the first worker that asks; others wait."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent                                        # which the workers share
