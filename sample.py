@@ -201,8 +201,8 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's; SD 7.5)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="ddim (default) or pndm")
     parser.add_argument("--batch", type=int, help="pictures drawn at a time (default: by their size)")
-    parser.add_argument("--out", type=Path, help="PNG to write, an SVG beside it; neither may exist (default: a "
-                                                 "new name in out/)")
+    parser.add_argument("--out", type=Path, help="PNG to write, an SVG beside it; neither may exist "
+                                                 "(default: a new name in out/)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: for many pictures")
     args = parser.parse_args()
     check_seed(args.seed)

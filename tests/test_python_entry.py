@@ -43,11 +43,13 @@ assert (model.draw("a photo of the dog", steps=2) - picture).abs().max() > 1e-3
 
 def test_a_notebook_in_another_folder_erases_and_shows(here, tmp_path):
     (tmp_path / "notebook.py").write_text(NOTEBOOK.format(root=str(ROOT)), encoding="utf-8")
-    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, encoding="utf-8",
-                          env=os.environ | {"PYTHONPATH": "", "PYTHONUTF8": "1"})
+    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True,
+                          encoding="utf-8", env=os.environ | {"PYTHONPATH": "", "PYTHONUTF8": "1"})
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed.safetensors", "notebook.py", "shown.svg"]
-    here("realera.py", "--concept", "dog", "--anchor", "ground", "--no-pictures", "--set", "M=20", "lora_steps=0",
-         cwd=tmp_path)
-    ours, command = (load_file(tmp_path / name) for name in ("closed.safetensors", "out/dog/erased.safetensors"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "closed.safetensors", "notebook.py", "shown.svg"]
+    here("realera.py", "--concept", "dog", "--anchor", "ground", "--no-pictures", "--set", "M=20",
+         "lora_steps=0", cwd=tmp_path)
+    files = ("closed.safetensors", "out/dog/erased.safetensors")
+    ours, command = (load_file(tmp_path / name) for name in files)
     assert ours.keys() == command.keys() and all((ours[key] == command[key]).all() for key in ours)
