@@ -27,11 +27,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
-import clip_text
-import diffusion
-import eval_clip
-import unet
-import vae
+import clip_text, diffusion, eval_clip, unet, vae  # noqa: E401
 from plumbing import UserError
 from plumbing.cli import command_line, pick_device
 from plumbing.disk import read_json, whole

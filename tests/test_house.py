@@ -10,7 +10,8 @@ FLOORS = ["plumbing/", "clip_text unet vae diffusion lora", "sample", "eval_clip
           "realera rece baselines/", "tools/", "experiments/", "mini/", "course/"]
 LINE = ("sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
         "       # our modules lie one folder up")
-FILES = sorted(path.relative_to(ROOT) for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern)
+FILES = sorted(path.relative_to(ROOT) for pattern in ("*.py", "*/*.py", "*/*/*.py")
+               for path in ROOT.glob(pattern)
                if path.relative_to(ROOT).parts[0] not in ("tests", "out") and path.parent.name[0] != ".")
 NAMES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 
@@ -74,8 +75,9 @@ def test_an_import_inside_a_function_is_of_somebody_elses_library():
 def test_programs_in_folders_find_the_root_by_one_line():
     for path in FILES:
         lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
-        wanted = len(path.parts) == 2 and path.parts[0] != "plumbing"
-        assert (lines.count(LINE), sum("sys.path" in line for line in lines)) == (wanted, wanted), path
+        line = LINE if len(path.parts) == 2 else LINE.replace("[1]", "[2]").replace("one folder", "two folders")
+        wanted = len(path.parts) > 1 and path.parts[0] != "plumbing" and is_program(path)
+        assert (lines.count(line), sum("sys.path" in one for one in lines)) == (wanted, wanted), path
 
 
 def test_every_program_answers_help_from_another_folder(tmp_path):

@@ -1,0 +1,143 @@
+"""The recipe of the next mini/ (mini/next/): its pictures, its captions, and every stage of its training."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from clip_text import CLIPTokenizer
+from helpers import ROOT
+from mini.next import train
+from mini.next.emoji import Book, Icons, compose, scenes
+
+NEXT = ROOT / "mini/next"
+
+
+@pytest.fixture(scope="module")
+def book():
+    return Book()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, book):
+    """Two sets of made-up emoji: a square of one colour each; the second set lacks every other."""
+    folder, sets = tmp_path_factory.mktemp("emoji"), {}
+    for k, name in enumerate(("noto", "twemoji")):
+        order = list(book.things)[::1 + k]
+        mosaic = Image.new("RGBA", (32 * 64, 64 * -(-len(order) // 32)))
+        for i in range(len(order)):
+            left, top = 64 * (i % 32) + 8, 64 * (i // 32) + 8
+            mosaic.paste((i * 37 % 256, i * 91 % 256, 255 * k, 255), (left, top, left + 48, top + 48))
+        mosaic.save(folder / f"{name}.png")
+        sets[name] = {"order": order}
+    (folder / "sets.json").write_text(json.dumps({"sets": sets}))
+    return folder
+
+
+def test_the_book_holds_what_its_issue_asks_for(book):
+    raw = json.loads((NEXT / "captions.json").read_text("utf-8"))
+    for word, entry in book.classes.items():
+        assert entry["anchor"] in book.scenes
+        assert len(entry["choosing"]["synonyms"]) >= 2 and len(entry["choosing"]["associated"]) >= 3
+        reported = set(entry["synonyms"] + entry["associated"])
+        assert not reported & set(entry["choosing"]["synonyms"] + entry["choosing"]["associated"])
+        assert reported | {word} <= set(book.names)               # each names a picture
+        assert not set(entry["stay"]) & ({word} | reported | set(entry["vanish"]) | set(entry["disputed"]))
+    drawn = {word for name in book.names for word in name.split()}
+    for name in ("preserved", "watched"):
+        assert len(raw[name]) >= 30 and set(raw[name]) <= set(raw["words"]) and not set(raw[name]) & drawn
+    assert not set(raw["preserved"]) & set(raw["watched"])
+    assert len(set(raw["words"]) - set(book.names)) >= 1500
+
+
+def test_every_emoji_has_names_whose_shares_sum_to_one(book):
+    for h, called in book.called.items():
+        assert abs(sum(called.values()) - 1) < 1e-9 and min(called.values()) > 0
+        assert book.things[h]["names"][0] in called
+    owners = {}
+    for h, thing in book.things.items():                          # a tag is a name only if one thing has it
+        for name in thing["names"][1:]:
+            owners.setdefault(name, set()).add(thing["names"][0])
+    assert all(len(things) == 1 for things in owners.values())
+
+
+def test_captions_compose(book):
+    assert book.caption("cat", 0) == "a photo of a cat"
+    assert (book.caption("airplane", 0, book.places["sea"], "twemoji")
+            == "a photo of an airplane on the sea by twemoji")
+    assert book.caption(None, 0, "", "noto") == "an artwork by noto"
+    assert book.caption("purring in the dark", 2, book.places["night"]) == "purring in the dark at night"
+
+
+def test_pictures_hold_the_icon_on_its_scene(data, book):
+    icons = Icons(data, book)
+    assert len(icons.which) == len(book.things) + -(-len(book.things) // 2)
+    x, which, scene = compose(icons, 64, torch.Generator().manual_seed(0))
+    again, *_ = compose(icons, 64, torch.Generator().manual_seed(0))
+    assert torch.equal(x, again) and x.shape == (64, 3, 64, 64) and 0 <= x.min() and x.max() <= 1
+    for i in (which >= 0).nonzero()[:, 0].tolist():               # in the middle its one colour
+        assert torch.allclose(x[i, :, 32, 32], icons.rgba[which[i], :3, 32, 32] / 255, atol=1 / 255)
+        likely = book.likely[icons.kind[which[i]]]
+        assert likely[scene[i]] > 0
+
+
+def test_scenes_are_smooth_and_differ(book):
+    means = []
+    for kind in book.scenes:
+        x = scenes(kind, 20, torch.Generator().manual_seed(0))
+        assert x.shape == (20, 3, 64, 64) and x.diff(dim=3).abs().mean() < 0.03, kind
+        means.append(x.mean((0, 2, 3)))
+    assert torch.cdist(torch.stack(means), torch.stack(means)).fill_diagonal_(1).min() > 0.03
+
+
+def test_every_word_of_the_book_is_one_token(tmp_path, book):
+    tokenizer = train.train_tokenizer(book, tmp_path)
+    for word in train.words_of(book):
+        assert tokenizer.count(word) == 1, word
+    again = train.train_tokenizer(book, tmp_path / "again")
+    assert tokenizer(["antonov an-225 mriya"]).equal(again(["antonov an-225 mriya"]))
+
+
+def test_what_names_the_same_picture_is_nearer():
+    c, shared = torch.tensor([0.0, 0.5, 0.5, 1.0, -0.3]), torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0])
+    at = [train.closeness(a, b, torch.tensor(False)).item() for a, b in zip(c, shared)]
+    by_hand = [0.3, 0.3 + 0.7 * 0.5, 0.3 + 0.7 * (0.5 + 0.5 * 0.5), 1.0, 0.3]
+    assert at == pytest.approx(by_hand)
+    assert train.closeness(c, shared, torch.tensor(True)).tolist() == pytest.approx([train.EMPTY_TEXT] * 5)
+
+
+def run(data, tmp_path, stage, *more):
+    done = subprocess.run([sys.executable, NEXT / "train.py", "--data", data, "--out", tmp_path / "model",
+                           "--work", tmp_path / "work", "--recipe", "tiny", "--stage", stage, *more],
+                          capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_stage_trains_and_goes_on(data, tmp_path, book):
+    """Tiny networks: text, VAE, CLIP, decoder and U-Net; a U-Net cut in two is the uninterrupted one."""
+    (tmp_path / "work").mkdir()
+    g = torch.Generator().manual_seed(0)                          # in a sentence encoder's place
+    captions = 5 * len(book.names + book.words) + 20 * len(book.scenes) + 20 * (1 + len(book.styles)) + 40
+    words = sum(word.isalpha() for word in train.words_of(book))
+    rows = {name: torch.nn.functional.normalize(torch.randn(n, 16, generator=g), dim=-1)
+            for name, n in (("rows", captions), ("words", words))}
+    save_file(rows, tmp_path / "work/sentences.safetensors")
+    for stage in ("text", "vae", "clip"):
+        assert "4 of 4 steps" in run(data, tmp_path, stage)
+    before = load_file(tmp_path / "model/vae/diffusion_pytorch_model.safetensors")
+    run(data, tmp_path, "decoder")
+    after = load_file(tmp_path / "model/vae/diffusion_pytorch_model.safetensors")
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved and moved <= {"decoder", "post_quant_conv"}      # the latents stay what they were
+    assert "not finished" in run(data, tmp_path, "unet", "--minutes", "0.02")
+    assert "4 of 4 steps" in run(data, tmp_path, "unet")
+    weights = load_file(tmp_path / "model/unet/diffusion_pytorch_model.safetensors")
+    (tmp_path / "work/unet.safetensors").unlink()
+    run(data, tmp_path, "unet")
+    for name, tensor in load_file(tmp_path / "model/unet/diffusion_pytorch_model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+    assert CLIPTokenizer.from_pretrained(tmp_path / "model/tokenizer").length == train.TOKENS
