@@ -119,9 +119,9 @@ def read_edit(edit: str | Path, model: str | Path) -> dict[str, Tensor]:
     where, base = read_tensors(Path(model) / "unet", "diffusion_pytorch_model")
     wrong = [name for name, tensor in tensors.items()
              if name not in base or tensor.shape != base[name].shape]
-    if made_for and (made_for != base_hash(cross_attention(model)) or wrong):
+    if made_for is not None and (made_for != base_hash(cross_attention(model)) or wrong):
         raise UserError(f"--edit {edit} was made for another model than {model}")
-    if not path or made_for and path.name == "erased.safetensors":
+    if not path or made_for is not None and path.name == "erased.safetensors":
         return tensors
     if wrong:
         raise UserError(f"--edit {edit} does not fit {model}: {where.name} has no {wrong[0]} of shape "
@@ -132,7 +132,7 @@ def read_edit(edit: str | Path, model: str | Path) -> dict[str, Tensor]:
                if not torch.equal(tensor.half(), base[name].half())}
     if not changed:
         raise UserError(f"--edit {edit} changes nothing: its {len(tensors)} tensors are those of {model}")
-    if not made_for:
+    if made_for is None:
         print(f"warning: --edit {edit} does not say which model it was made for, so that cannot be checked; "
               f"{len(changed)} of its {len(tensors)} tensors differ from {model}'s", file=sys.stderr)
     return changed
