@@ -205,7 +205,7 @@ def test_a_method_that_changes_how_a_model_draws_leaves_a_report_alone(own, tmp_
     for more in ([], ["--overwrite"]):
         own(GUIDE, "--n", 1, *more)
     out = tmp_path / "out/airplane-conv"
-    assert {path.name for path in out.iterdir()} == {"before_after.png", "run.json"}
+    assert {path.name for path in out.iterdir()} == {"before_after.png", "before_after.svg", "run.json"}
     assert about_edit(out)["method"] == "Conv" and read_edit(out, MINI) == {}
     (tmp_path / "other").mkdir()
     (tmp_path / "other/run.json").write_text("{}")
