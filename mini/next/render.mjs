@@ -11,6 +11,8 @@ import { mkdirSync, writeFileSync } from 'fs'
 
 const require = createRequire(import.meta.url)
 const SETS = ['noto', 'noto-v1', 'twemoji', 'fluent-emoji', 'fluent-emoji-flat', 'emojione', 'fxemoji']
+// resvg ends the whole process on these three drawings, so they are left out.
+const SKIP = ['noto 1F4E6', 'noto-v1 1F41E', 'noto-v1 2615']
 const SIZE = 64, COLUMNS = 32, folder = process.argv[2]
 if (!folder) { console.error('usage: node render.mjs FOLDER'); process.exit(2) }
 
@@ -49,7 +51,7 @@ for (const set of SETS) {
     const h = emoji.hexcode.toLowerCase(), keys = [h, h.replace(/-fe0f/g, ''), `${h}-fe0f`]
     const names = [set, 'noto', 'twemoji', 'fluent-emoji-flat'].flatMap(s => keys.map(k => charts[s][k]))
     const icon = names.map(n => n && (icons.icons[n] ?? icons.icons[icons.aliases?.[n]?.parent])).find(Boolean)
-    if (!icon) continue
+    if (!icon || SKIP.includes(`${set} ${emoji.hexcode}`)) continue
     const box = [icon.left ?? 0, icon.top ?? 0, icon.width ?? icons.width ?? 16, icon.height ?? icons.height ?? 16]
     const svg = `<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="${box.join(' ')}" width="${SIZE}" height="${SIZE}">${icon.body}</svg>`
     const drawn = new Resvg(svg, { fitTo: { mode: 'width', value: SIZE } }).render()
