@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,9 @@ def test_realera_refuses_bad_exports_and_previews(refused, tmp_path, args, match
 
 def test_interruption_leaves_nothing_behind(tmp_path):
     process = subprocess.Popen([sys.executable, ROOT / "realera.py", *AIRPLANE, "--lora-steps", "2000"],
-                               cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                               cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
+    # (a shell's background jobs, and so what tests start in them, ignore Ctrl-C)
     while not list(tmp_path.glob("out/.*.partial")):
         assert process.poll() is None
         time.sleep(0.05)
