@@ -59,8 +59,8 @@ def commands(path: Path) -> list[str]:
 def test_the_python_of_the_docs_runs_in_another_folder(tmp_path):
     code = blocks(ROOT / "docs/commands.md", "python")[0] + "\nassert W.keys() and numbers['numbers']\n"
     (tmp_path / "notebook.py").write_text(code, encoding="utf-8")
-    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, encoding="utf-8",
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"})
+    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True,
+                          encoding="utf-8", env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"})
     assert done.returncode == 0, done.stderr
 
 

@@ -72,9 +72,9 @@ class Run:
     """
 
     def __init__(self, stage: str, net: nn.Module, steps: int, lr: float, decay: float, args,
-                 decays: tuple[float, ...] = (0.0,), clock: int = 20):
+                 decays: tuple[float, ...] = (0.0,)):
         self.stage, self.net, self.steps, self.lr, self.decays = stage, net, steps, lr, decays
-        self.path, self.step, self.minutes, self.every = args.work / f"{stage}.safetensors", 0, 0.0, clock
+        self.path, self.step, self.minutes = args.work / f"{stage}.safetensors", 0, 0.0
         self.log, self.scores = [], []                            # [step, minutes, loss], [step, score]
         self.averages = [copy.deepcopy(net).requires_grad_(False) for _ in decays]
         learning = [p for p in net.parameters() if p.requires_grad]
@@ -165,7 +165,7 @@ class Run:
                                              1 - keep)
             self.minutes = before + (time.monotonic() - start) / 60
             bar.update()
-            if self.step % self.every == 0 or self.step == self.steps:
+            if self.step % 20 == 0 or self.step == self.steps:
                 mean = value.item() if mean is None else 0.9 * mean + 0.1 * value.item()
                 bar.set_postfix(loss=f"{mean:.4f}")
                 self.log.append([self.step, round(self.minutes, 2), round(mean, 5)])
