@@ -24,11 +24,15 @@ def read_json(path: str | Path) -> dict:
 
 @contextlib.contextmanager
 def readable(path: str | Path):
-    """Turn safetensors' errors about a damaged or missing file into a UserError."""
+    """Turn errors about a damaged or missing file of weights, or one that cannot be mapped, into a UserError."""
     try:
         yield
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): is the download complete?") from None
+    except (SafetensorError, OSError, MemoryError, RuntimeError) as error:           # torch's are the last
+        said = str(error)
+        why = ("this file system cannot map files: copy it to a local disk" if "os error 19)" in said else
+               "not enough memory" if isinstance(error, MemoryError) or "os error 1455" in said
+               or "allocate memory" in said else "is the download complete?")
+        raise UserError(f"{path} cannot be read ({said or type(error).__name__}): {why}") from None
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plumbing import UserError
 from plumbing.disk import is_edit, read_json, readable, whole
-from plumbing.weights import find_weights, finite, read_tensors
+from plumbing.weights import find_weights, finite, read_tensors, shards
 
 
 def cross_attention(folder: str | Path) -> dict[str, Tensor]:
@@ -63,7 +63,8 @@ def about_edit(edit: str | Path) -> dict:
     path = edit_file(edit)
     if path is None:                                              # of a method that changes no weights
         return read_json(Path(edit) / "run.json")
-    with readable(path), safe_open(path, "pt") as file:
+    first = shards(path)[0]
+    with readable(first), safe_open(first, "pt") as file:
         said = (file.metadata() or {}).get("edit", "{}")
     try:
         about = json.loads(said)
@@ -105,23 +106,25 @@ def erased_by(edits: list[str], concepts: list[str], task: str = "object") -> li
 
 
 def read_edit(edit: str | Path, model: str | Path) -> dict[str, Tensor]:
-    """The edited tensors of out/<name>, after checking that they were made from this model; {} if the method
-    changes no weights.
+    """The edited tensors of out/<name>, after checking that they were made from this model.
 
     Also of an edit that was made elsewhere, part of a U-Net or all of it: those that differ from the model's
     in half precision, in the dtype of its file. A warning says what cannot be checked. Raises UserError for
     what does not fit.
     """
     path, made_for, tensors = edit_file(edit), about_edit(edit).get("base_hash"), {}
-    if path:
-        with readable(path), safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    if path is None:
+        raise UserError(f"--edit {edit} is of a method that changes how pictures are drawn and no weights: "
+                        "from its folder it can be neither drawn nor measured")
+    for part in shards(path):
+        with readable(part), safe_open(part, "pt") as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}
     where, base = read_tensors(Path(model) / "unet", "diffusion_pytorch_model")
     wrong = [name for name, tensor in tensors.items()
              if name not in base or tensor.shape != base[name].shape]
     if made_for is not None and (made_for != base_hash(cross_attention(model)) or wrong):
         raise UserError(f"--edit {edit} was made for another model than {model}")
-    if not path or made_for is not None and path.name == "erased.safetensors":
+    if made_for is not None and path.name == "erased.safetensors":
         return tensors
     if wrong:
         raise UserError(f"--edit {edit} does not fit {model}: {where.name} has no {wrong[0]} of shape "
