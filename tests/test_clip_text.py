@@ -182,7 +182,7 @@ def test_length_comes_from_the_settings(folder, tmp_path):
     assert length(model_max_length=16) == 16
     assert length(model_max_length=1000000000000000019884624838656) == 77      # "no limit"
     assert length(model_max_length=None) == length(model_max_length=8192) == 77
-    for bad in (0, -1, 2, "77", True, [77], float("nan")):
+    for bad in (0, -1, 2, "77", True, [77]):
         with pytest.raises(UserError, match="model_max_length"):
             length(model_max_length=bad)
     (tmp_path / "tokenizer_config.json").unlink()
