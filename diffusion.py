@@ -31,8 +31,8 @@ class SchedulerConfig:
 
 
 SUPPORTED = {"prediction_type": ("epsilon",), "timestep_spacing": ("leading", "linspace"),
-             "trained_betas": (None,), "beta_schedule": ("scaled_linear", "linear"), "skip_prk_steps": (True,), "clip_sample": (False,),
-             "thresholding": (False,), "rescale_betas_zero_snr": (False,)}
+             "trained_betas": (None,), "beta_schedule": ("scaled_linear", "linear"), "skip_prk_steps": (True,),
+             "clip_sample": (False,), "thresholding": (False,), "rescale_betas_zero_snr": (False,)}
 
 
 class Scheduler:

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from plumbing import UserError
 
 
-def parse_json(text: str, where: str | Path) -> dict:
-    """The JSON object in `text`. NaN, infinity, and what Python cannot hold are errors as any other: a
-    UserError that begins with `where`."""
+def parse_json(text: str, where: str | Path, infinite: bool = False) -> dict:
+    """The JSON object in `text`. NaN, infinity (unless `infinite`), and what Python cannot hold are errors as
+    any other: a UserError that begins with `where`."""
     def number(text: str) -> float:
-        if not math.isfinite(value := float(text)):
+        if not math.isfinite(value := float(text)) and not infinite:
             raise ValueError(f"{text[:20]} is no finite number")
         return value
 
@@ -29,14 +29,14 @@ def parse_json(text: str, where: str | Path) -> dict:
     return values
 
 
-def read_json(path: str | Path) -> dict:
+def read_json(path: str | Path, infinite: bool = False) -> dict:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: is this a model folder in the diffusers layout?") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-    return parse_json(text, path)
+    return parse_json(text, path, infinite)
 
 
 def write_json(path: str | Path, value, **how) -> None:

@@ -86,6 +86,7 @@ SAVED = ["DDIM", "DDPM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "Heu
          "UniPCMultistep"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", SAVED)
 def test_whatever_sampler_a_folder_was_saved_with_ours_draws(name, tmp_path, capsys):
     """The noise schedule is the same; only the times between which a sampler goes differ."""
