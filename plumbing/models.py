@@ -82,6 +82,16 @@ class Defaults:
     size: int = 512
 
 
+def vae_folder(name: str | Path) -> Path:
+    """Of --vae: a VAE's folder or a whole model's, or a file that holds a VAE alone or among others."""
+    path = Path(name)
+    if path.is_file():
+        refuse_pickle(path, "--vae")
+    elif not path.is_dir():
+        raise UserError(f"--vae {name}: no such folder or file")
+    return path / "vae" if path.is_file() or (path / "vae").is_dir() else path
+
+
 def defaults(folder: Path) -> dict:
     """Guidance, steps and picture size of a model: its `defaults.json`, or SD's."""
     there = beside(folder / "defaults.json").exists()

@@ -192,7 +192,9 @@ def test_full_size_single_file_with_nothing_but_a_tokenizer_beside(tmp_path):
             shapes = network().state_dict()
         parts[part] = {key: torch.randn(t.shape, dtype=torch.float16) * 0.02 for key, t in shapes.items()}
     file = write_single_file(tmp_path / "dream.safetensors", parts, torch.float16)
-    write_vocabulary(tmp_path)
+    vocabulary = json.loads((write_vocabulary(tmp_path) / "vocab.json").read_text())
+    more = {chr(0x20000 + i): i for i in range(len(vocabulary), 49408)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | more))
     (tmp_path / "tokenizer").mkdir()
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.move(tmp_path / name, tmp_path / "tokenizer")
