@@ -320,7 +320,8 @@ def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor]
     if W and "numbers" not in job.report:
         job.say("edit", W)
     if args.export_lora:
-        job.report["LoRA error"] = write_lora(job.folder, W0, W, args.export_lora, about)
+        job.report["LoRA error"] = write_lora(job.folder, args.out.absolute().name, W0, W,
+                                              args.export_lora, about)
         job.clock("LoRA file")
     W = {name: tensor.to(W0[name].dtype) for name, tensor in W.items()}
     if W:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from plumbing import UserError
 from plumbing.disk import refuse_existing
+from plumbing.formats import pipeline_files
 from plumbing.models import MINI
 from plumbing.prompts import TASKS, use_book
 
@@ -150,6 +151,7 @@ def check_export(export: Path, out: Path, model: Path) -> None:
     refuse_existing(export, "choose another --export")
     if not (model / "model_index.json").exists():
         raise UserError("--export needs a model folder with a model_index.json, or a hub id")
+    pipeline_files(model)
     if out.resolve().is_relative_to(export.resolve()) or export.resolve().is_relative_to(out.resolve()):
         raise UserError(f"--export {export} and the edit folder {out} must lie apart")
 

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from plumbing import UserError
 
 
-def parse_json(text: str, where: str | Path) -> dict:
-    """The JSON object in `text`. NaN, infinity, and what Python cannot hold are errors as any other: a
-    UserError that begins with `where`."""
+def parse_json(text: str, where: str | Path, infinite: bool = False) -> dict:
+    """The JSON object in `text`. NaN, infinity (unless `infinite`), and what Python cannot hold are errors as
+    any other: a UserError that begins with `where`."""
     def number(text: str) -> float:
-        if not math.isfinite(value := float(text)):
+        if not math.isfinite(value := float(text)) and not infinite:
             raise ValueError(f"{text[:20]} is no finite number")
         return value
 
@@ -29,14 +29,14 @@ def parse_json(text: str, where: str | Path) -> dict:
     return values
 
 
-def read_json(path: str | Path) -> dict:
+def read_json(path: str | Path, infinite: bool = False) -> dict:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: is this a model folder in the diffusers layout?") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-    return parse_json(text, path)
+    return parse_json(text, path, infinite)
 
 
 def write_json(path: str | Path, value, **how) -> None:
@@ -51,11 +51,16 @@ def write_json(path: str | Path, value, **how) -> None:
 
 @contextlib.contextmanager
 def readable(path: str | Path):
-    """Turn safetensors' errors about a damaged or missing file into a UserError."""
+    """Turn errors about a damaged or missing file of weights, or one that cannot be mapped, into a UserError."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:   # odd dtypes, too
-        raise UserError(f"{path} cannot be read ({error}): is the download complete?") from None
+    except (SafetensorError, OSError, MemoryError, RuntimeError, ValueError, KeyError,
+            AttributeError) as error:                             # odd dtypes, too
+        said = str(error)
+        why = ("this file system cannot map files: copy it to a local disk" if "os error 19)" in said else
+               "not enough memory" if isinstance(error, MemoryError) or "os error 1455" in said
+               or "allocate memory" in said else "is the download complete?")
+        raise UserError(f"{path} cannot be read ({said or type(error).__name__}): {why}") from None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from plumbing import UserError
 from plumbing.disk import is_edit, parse_json, read_json, readable, whole, write_json
 from plumbing.prompts import TASKS
-from plumbing.weights import check_tensors, find_weights, read_tensors
+from plumbing.weights import check_tensors, find_weights, read_tensors, shards
 
 
 def cross_attention(folder: str | Path) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ def about_edit(edit: str | Path) -> dict:
     if path is None:                                              # of a method that changes no weights
         about = read_json(where := Path(edit) / "run.json")
     else:
-        with readable(where := path), safe_open(path, "pt") as file:
+        with readable(where := shards(path)[0]), safe_open(where, "pt") as file:
             said = (file.metadata() or {}).get("edit", "{}")
         try:
             about = parse_json(said, path)
@@ -129,8 +129,7 @@ def erased_by(edits: list[str], concepts: list[str], task: str = "object") -> li
 
 
 def read_edit(edit: str | Path, model: str | Path) -> dict[str, Tensor]:
-    """The edited tensors of out/<name>, after checking that they were made from this model; {} if the method
-    changes no weights.
+    """The edited tensors of out/<name>, after checking that they were made from this model.
 
     Also of an edit that was made elsewhere, part of a U-Net or all of it: those that differ from the model's
     in half precision, in the dtype of its file. A warning says what cannot be checked. Raises UserError for
@@ -138,18 +137,21 @@ def read_edit(edit: str | Path, model: str | Path) -> dict[str, Tensor]:
     """
     path, about, tensors = edit_file(edit), about_edit(edit), {}
     made_for = about.get("base_hash")
-    if path:
-        with readable(path), safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        if not tensors:
-            raise UserError(f"--edit {edit} holds no tensor")
+    if path is None:
+        raise UserError(f"--edit {edit} is of a method that changes how pictures are drawn and no weights: "
+                        "from its folder it can be neither drawn nor measured")
+    for part in shards(path):
+        with readable(part), safe_open(part, "pt") as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}
+    if not tensors:
+        raise UserError(f"--edit {edit} holds no tensor")
     _, base = read_tensors(Path(model) / "unet", "diffusion_pytorch_model")
     if made_for is not None and made_for != base_hash(cross_attention(model)):
         raise UserError(f"--edit {edit} was made for another model than {model}")
     if about.get("text_hash") not in (None, text_hash(model)):
         raise UserError(f"--edit {edit} was made with another text encoder than {model}'s")
     check_tensors(f"--edit {edit} does not fit {model}: it", tensors, {k: v.shape for k, v in base.items()})
-    if not path or made_for is not None and path.name == "erased.safetensors":
+    if made_for is not None and path.name == "erased.safetensors":
         if about.get("hash") not in (None, bytes_hash(tensors)):
             raise UserError(f"{path} is damaged: it does not hold what was written; make it again")
         return tensors

@@ -5,6 +5,7 @@ A single file in the original form stands for a folder: dream.safetensors/unet i
 folder has in unet/.
 """
 import dataclasses
+import re
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ def read_config(folder: Path, config_class, supported: dict, file: str = "config
     outside `supported` (key -> the tuple of what the network implements), of another type, or outside what
     its field's type can mean here is an error that names it: no size or scale is 0, negative or gigantic."""
     path = beside(folder / file)
-    values = read_json(path) if path.exists() or path == folder / file else {}    # a single file is SD v1
+    # a single file is SD v1; in a DPM++ scheduler's file lambda_min_clipped, which we do not read, is -Infinity
+    values = read_json(path, infinite=True) if path.exists() or path == folder / file else {}
     values = values.get(section, {}) if section else values
     if not isinstance(values, dict):
         raise UserError(f"{path}: {section} should be a JSON object")
@@ -52,13 +54,15 @@ def beside(path: Path) -> Path:
 
 
 def find_weights(folder: str | Path, stem: str) -> Path:
-    """`stem.safetensors`, or the official half-precision twin `stem.fp16.safetensors`, or the single file."""
+    """`stem.safetensors`, or the index of its shards, or the official half-precision twin of either, or the
+    single file."""
     folder = Path(folder)
     if folder.parent.is_file():
         return folder.parent
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; a model has tokenizer, text_encoder, unet, vae, scheduler")
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.fp16.safetensors",
+                 f"{stem}.safetensors.index.fp16.json"):
         if (folder / name).exists():
             return folder / name
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt", ".pth"))
@@ -69,11 +73,33 @@ def find_weights(folder: str | Path, stem: str) -> Path:
     raise UserError(f"{folder} has no {stem}.safetensors")
 
 
+def plain_name(name) -> bool:
+    """Is it the name of a file or folder and no more, so that it cannot lead anywhere else?"""
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.+-]*", name) is not None
+
+
+def shards(path: Path) -> list[Path]:
+    """The files that hold what `path` stands for: itself, or those that an index names."""
+    if path.suffix != ".json":
+        return [path]
+    names = read_json(path).get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else [None]
+    if not all(plain_name(name) and name.endswith(".safetensors") for name in names):
+        raise UserError(f"{path}: weight_map must name .safetensors files that lie beside it")
+    return [path.with_name(name) for name in sorted(set(names))]
+
+
 def read_tensors(folder: str | Path, stem: str) -> tuple[Path, dict[str, Tensor]]:
-    """The weights' path, and its tensors by the names of a model folder, memory-mapped: read when used."""
-    path = find_weights(folder, stem)
-    with readable(path):
-        tensors = load_file(path)
+    """The weights' path, and its tensors by the names of a model folder, memory-mapped: read when used.
+
+    Tensors in 8 bits become float16, which holds them exactly: so does an edit of them.
+    """
+    path, tensors = find_weights(folder, stem), {}
+    for file in shards(path):
+        with readable(file):
+            tensors |= load_file(file)
+    tensors = {key: tensor.half() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+               for key, tensor in tensors.items()}
     return path, single_file.part_of(tensors, Path(folder).name) if path == Path(folder).parent else tensors
 
 

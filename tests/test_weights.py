@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -96,6 +97,48 @@ def test_layers_still_draw_their_weights_elsewhere():
         pass
     torch.manual_seed(0)
     assert torch.nn.Embedding(50, 20).weight.std().item() == pytest.approx(1, abs=0.1)
+
+
+def in_shards(folder, variant=None):
+    """`folder`'s U-Net as diffusers saves it in several files; the names of all that it writes."""
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="100KB", variant=variant)
+    names = sorted(path.name for path in folder.glob("*.safetensors*"))
+    assert len(names) > 2 and not (folder / "diffusion_pytorch_model.safetensors").exists()
+    return theirs, names
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_several_files(variant, unet_folder):
+    theirs, _ = in_shards(unet_folder, variant)
+    ours, expected = UNet.from_pretrained(unet_folder).state_dict(), theirs.state_dict()
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[key], expected[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "/etc/x.safetensors", ".safetensors", "x.bin", "", 5,
+                                  None, ["x.safetensors"], "a/b.safetensors", "a\\b.safetensors", "lost"])
+def test_an_index_names_files_beside_it_alone(name, unet_folder):
+    _, names = in_shards(unet_folder)
+    index = unet_folder / "diffusion_pytorch_model.safetensors.index.json"
+    save_file({"x": torch.ones(2)}, unet_folder.parent / "out.safetensors")
+    if name == "lost":
+        (unet_folder / names[0]).unlink()
+        return refuses(UNet, unet_folder, names[0], "download")
+    edit_json(index, weight_map={"conv_in.weight": name})
+    refuses(UNet, unet_folder, index, "weight_map")
+
+
+@pytest.mark.parametrize("error, match", [
+    (OSError("No such device (os error 19)"), "cannot map files: copy it to a local disk"),
+    (OSError("The paging file is too small for this operation to complete. (os error 1455)"), "enough memory"),
+    (RuntimeError("unable to mmap 438 bytes from file <x>: Cannot allocate memory (12)"), "enough memory"),
+    (MemoryError(), "not enough memory")], ids=str)
+def test_why_weights_cannot_be_mapped(error, match, unet_folder, monkeypatch):
+    def broken(path):
+        raise error
+    monkeypatch.setattr("plumbing.weights.load_file", broken)
+    refuses(UNet, unet_folder, "cannot be read", match)
 
 
 # ---- bad folders ----
