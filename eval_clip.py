@@ -33,7 +33,7 @@ from plumbing.own_prompts import read_prompts, score_prompts
 from plumbing.prompts import TASKS, choices, names_to_choose, prompts_to_watch, row_prompts
 from plumbing.results import RANK, Picture, asked_for, evaluate, out_folder
 from plumbing.stats import as_markdown, bootstrap, frechet, wilson, write_tables
-from plumbing.weights import load_network, read_config
+from plumbing.weights import check_finite, load_network, read_config
 from sample import Model, draw_each, write_sheets
 
 
@@ -112,7 +112,9 @@ class CLIP(nn.Module):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, S, S] as `preprocess` makes them -> unit vectors [B, P]."""
-        return F.normalize(self.visual_projection(self.vision_model(pixels)), dim=-1)
+        features = F.normalize(self.visual_projection(self.vision_model(pixels)), dim=-1)
+        check_finite(features, "CLIP", features.dtype)
+        return features
 
     def preprocess(self, pictures: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> short side resized (bicubic), center-cropped, normalised [B, 3, S, S]."""

@@ -16,6 +16,7 @@ A picture depends on its prompt and its own seed only: --seed, --seed + 1, … I
     model.draw("a photo of the dog")                              # [1, 3, 32, 32]
     show(model, ["a photo of the dog"], {"RealEra": W})           # in a notebook: the labelled sheet
 """
+import math
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ from plumbing.cli import (DTYPES, EDIT, check_seed, command_line, free_name, mod
 from plumbing.edits import edit_labels, read_edit
 from plumbing.models import defaults, model_folder, tokenizer_folder
 from plumbing.pictures import write_sheet
-from plumbing.weights import put_weights
+from plumbing.weights import check_finite, put_weights
 from unet import UNet
 from vae import VAE
 
@@ -107,6 +108,8 @@ class Model:
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         steps = self.defaults["steps"] if steps is None else steps
         guidance = self.defaults["guidance"] if guidance is None else guidance
+        if not math.isfinite(guidance):
+            raise UserError(f"--guidance must be a finite number, not {guidance}")
         side = self.defaults["size"] // self.vae.factor
         batch = batch or max(1, 8192 // side ** 2)                # 32 of mini's pictures, 2 of SD's
         if isinstance(prompts, Tensor):
@@ -137,7 +140,9 @@ class Model:
 
                 start = self.noise(seeds[i:i + batch]).to(self.device)
                 z = SAMPLERS[sampler](eps, start, self.scheduler, steps)
+                check_finite(z, "the U-Net", self.dtype)
                 x = self.vae.decode((z / self.vae.scaling_factor).to(self.dtype))
+                check_finite(x, "the VAE", self.dtype)
                 pictures.append((x.float() / 2 + 0.5).clamp(0, 1).cpu())
         return torch.cat(pictures)
 

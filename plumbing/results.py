@@ -53,7 +53,7 @@ def read_features(files: list[Path], width: int) -> tuple[dict[Picture, Tensor],
             try:
                 record = json.loads(line)
                 feature = np.frombuffer(base64.b64decode(record["feature"], validate=True), np.float16)
-                if len(feature) != width:
+                if len(feature) != width or not np.isfinite(feature).all():
                     raise ValueError
                 found.setdefault((record["prompt"], int(record["seed"])),
                                  torch.from_numpy(feature.astype(np.float32)))

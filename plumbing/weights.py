@@ -72,6 +72,15 @@ def finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=torch.float32).isfinite())       # one pass: NaN and infinity survive a sum
 
 
+def check_finite(tensor: Tensor, network: str, dtype) -> None:
+    """Raises UserError where a network gave NaN or infinity: what follows from it would mean nothing."""
+    if not tensor.isfinite().all():
+        what, dtype = "NaN" if tensor.isnan().any() else "infinity", str(dtype).removeprefix("torch.")
+        raise UserError(f"{network} gave {what} in {dtype}: " + {
+            "float16": "try --dtype bfloat16 or float32", "bfloat16": "try --dtype float32"}.get(
+                dtype, "is the guidance too large, or are the model or the edit damaged?"))
+
+
 class NoInit(TorchFunctionMode):
     """Inside a `with` block layers draw no weights: on "meta" that imports torch's compiler, for 1.7 s."""
 
