@@ -29,8 +29,8 @@ from tqdm import tqdm
 from clip_text import CLIPTextModel, CLIPTokenizer
 from diffusion import SAMPLERS, Scheduler, guided
 from plumbing import UserError, svg
-from plumbing.cli import (DTYPES, EDIT, check_seed, command_line, free_name, model_args, pick_device, program,
-                          slug)
+from plumbing.cli import (DTYPES, EDIT, at_least_1, check_seed, command_line, free_name, model_args,
+                          pick_device, program, slug)
 from plumbing.edits import edit_labels, read_edit
 from plumbing.models import defaults, model_folder, tokenizer_folder
 from plumbing.pictures import write_sheet
@@ -211,8 +211,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: for many pictures")
     args = parser.parse_args()
     check_seed(args.seed)
-    if args.n < 1 or (args.batch is not None and args.batch < 1):
-        raise UserError("--n and --batch must be at least 1")
+    at_least_1(args, "n", "batch")
     out = args.out or free_name(Path("out") / f"{slug(args.prompts[0]) or 'empty'}-seed{args.seed}.png")
     if out.suffix == ".svg":
         raise UserError(f"--out {out} names the PNG; the SVG comes beside it")

@@ -24,6 +24,18 @@ def test_fingerprint_is_of_the_networks_only(tmp_path):
     assert fingerprint(tmp_path / "mini") != before
 
 
+def test_fingerprint_sees_damage_in_the_middle_of_a_file(tmp_path):
+    file = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    file.parent.mkdir()
+    data = bytearray(5 * 2 ** 20)
+    file.write_bytes(data)
+    before = fingerprint(tmp_path), fingerprint(file)
+    data[len(data) // 2] = 1
+    file.write_bytes(data)
+    after = fingerprint(tmp_path), fingerprint(file)
+    assert before[0] != after[0] and before[1] != after[1]
+
+
 # ---- the hub ----
 
 OFFICIAL = ["README.md", "model_index.json", "sd-v1-4.ckpt", "feature_extractor/preprocessor_config.json",

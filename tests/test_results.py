@@ -5,6 +5,7 @@ Nothing here rests on what mini/ draws, so its weights may change.
 import json
 import random
 import re
+import threading
 
 import pytest
 import torch
@@ -122,6 +123,23 @@ def test_settled_results_are_one_sorted_file(tmp_path, monkeypatch):
     assert all(torch.equal(after.found[job], v.half().float()) for job, v in zip(JOBS, vectors(3)))
     after.settle()
     assert after.all.read_bytes() == content
+
+
+# ---- several processes ----
+
+def test_a_barrier_says_after_a_while_for_whom_it_waits(monkeypatch, capsys):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(results_module, "store", lambda: store, raising=False)
+    monkeypatch.setattr(results_module, "WORLD", 3)
+    monkeypatch.setattr(results_module, "PATIENCE", 0.05, raising=False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    store.add("barriers of 1", 1)
+    timer = threading.Timer(0.3, store.add, ["barriers of 2", 1])
+    timer.start()
+    results_module.barrier()
+    assert not timer.is_alive()
+    assert capsys.readouterr().err == "process 0 of 3 waits for process 2\n"
 
 
 # ---- evaluate ----
