@@ -10,9 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from plumbing import UserError
-from plumbing.cli import RANK, WORLD
 from plumbing.prompts import BOOK, CHOSEN, anchor_of
-from plumbing.results import barrier
+from plumbing.results import RANK, WORLD, barrier
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,13 @@ def make_edits(recipes: list[Recipe], out: Path, base: str, model: str, device: 
     in_turn = sorted(wanted, key=lambda folder: (wanted[folder].method, wanted[folder].flags,
                                                  wanted[folder].start is not None, folder))
     todo = [folder for folder in in_turn[RANK::WORLD] if not folder.exists()]
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     for folder in tqdm(todo, desc="edits", unit="edit", disable=None if RANK == 0 else True):
         one = wanted[folder]
         start = ["--edit", one.start.folder(out, base)] if one.start else []
         command = [sys.executable, ROOT / one.method, "--concept", one.concept, *one.flags, *start, "--model",
                    model, "--device", device, "--out", folder, "--no-pictures"]
-        done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8", env=alone)
+        done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8",
+                              env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"})     # each is alone
         if done.returncode:
             said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             raise UserError(f"erasing {one.concept} failed: {said.removeprefix('error: ')}")

@@ -14,7 +14,6 @@ from plumbing.stats import bootstrap, wilson
 
 SEEDS, CLASSES = ("seed", "evaluation_seed", "sd_seed"), ("class", "concept")
 GROUPS = ("type", "artist", "label_str", "profession")            # lines of the table, also without --group
-OURS = ("clip score", "clip says", "picture")                     # columns that we add
 
 
 def column_names(path: Path, fields: list[str], groups) -> list[str]:
@@ -24,7 +23,8 @@ def column_names(path: Path, fields: list[str], groups) -> list[str]:
     unused = [name for name in names if name not in ("prompt", *SEEDS, *CLASSES, *GROUPS, *groups)]
     wrong = [f"needs a column {name!r} and a row" for name in ("prompt", *groups) if name not in names]
     wrong += [f"has two columns {name!r}" for name in names if names.count(name) > 1]
-    wrong += [f"has a column {name!r}: so we call one of ours" for name in names if name in OURS]
+    wrong += [f"has {name!r}, as we call a column of ours" for name in ("clip score", "clip says", "picture")
+              if name in names]
     wrong += [f"has a column {name!r}: call it seed, or leave it out" for name in unused if "seed" in name]
     if wrong:
         raise UserError(f"--prompts {path} {wrong[0]} (columns: {', '.join(names)})")
@@ -111,7 +111,7 @@ def score_prompts(clip, rows: list[dict], found, names: list[str], groups=()):
     parts, summaries = {}, []                                     # what a line is about -> its rows' numbers
     for column in dict.fromkeys(name for name in ("class", *groups, *GROUPS) if name in rows[0]):
         for i, row in enumerate(rows):
-            if value := (row[column] or "").strip():
+            if value := "" if row[column] is None else str(row[column]).strip():
                 name = ("class", value) if column == "class" else ("group", f"{column}: {value}")
                 parts.setdefault(name, []).append(i)
     for (kind, name), some in [*parts.items(), (("class", "all"), list(range(len(rows))))]:

@@ -13,8 +13,7 @@ from plumbing.disk import whole
 
 
 def as_png(picture, text: dict | None = None) -> bytes:
-    """`picture`, uint8 [H, W, 3] or its rows in turn, as a PNG: header, texts, deflated rows behind filter
-    byte 0, and an end.
+    """`picture`, uint8 [H, W, 3] or its rows, as a PNG: header, texts, rows deflated behind filter byte 0.
 
     text: what the file says of itself, {"prompt": "a photo of the dog", "seed": 0, …}. A key is a keyword of
     PNG: 1 to 79 ASCII characters, no space at its ends. A value that is no string is written as JSON.
@@ -22,7 +21,7 @@ def as_png(picture, text: dict | None = None) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    deflate, height, data = zlib.compressobj(), 0, b""
+    deflate, data = zlib.compressobj(), bytearray()
     for height, row in enumerate(picture, 1):
         data += deflate.compress(b"\0" + row.tobytes())
     data += deflate.flush()

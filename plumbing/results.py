@@ -11,11 +11,9 @@ A killed run loses at most the batch in flight, and the same command goes on fro
 The folder must be one that all processes share.
 """
 import base64
-import datetime
 import functools
 import hashlib
 import json
-import math
 import os
 import sys
 import time
@@ -31,17 +29,17 @@ from plumbing.cli import RANK, WORLD
 from plumbing.disk import link, read_json, whole
 from plumbing.edits import base_hash, edit_file
 from plumbing.models import fingerprint
-from plumbing.pictures import write_png
+from plumbing.pictures import pixels, write_png
 from plumbing.prompts import book
 
 Picture = tuple[str, int]                                         # prompt and seed
-PATIENCE = 60                                                      # seconds
+PATIENCE = 60                                                     # seconds
 
 
 @functools.cache
 def store():
     """Keys and values that all processes see. torchrun keeps them, longer than any process lives."""
-    return next(torch.distributed.rendezvous("env://", timeout=datetime.timedelta(days=1)))[0]
+    return next(torch.distributed.rendezvous("env://"))[0]
 
 
 def barrier() -> None:
@@ -53,7 +51,7 @@ def barrier() -> None:
             time.sleep(0.02)
             if time.monotonic() > late:
                 print(f"process {RANK} of {WORLD} waits for process {rank}", file=sys.stderr)
-                late = math.inf
+                late = float("inf")
 
 
 def read_features(files: list[Path], width: int) -> tuple[dict[Picture, Tensor], int]:
@@ -67,11 +65,11 @@ def read_features(files: list[Path], width: int) -> tuple[dict[Picture, Tensor],
             try:
                 record = json.loads(line)
                 feature = np.frombuffer(base64.b64decode(record["feature"], validate=True), np.float16)
-                if len(feature) != width or not np.isfinite(feature).all():
+                if len(feature) != width or not np.isfinite(feature).all() or type(record["prompt"]) is not str:
                     raise ValueError
                 found.setdefault((record["prompt"], int(record["seed"])),
                                  torch.from_numpy(feature.astype(np.float32)))
-            except (ValueError, KeyError, TypeError):             # cut off in mid-write, or damaged
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):     # cut off, or damaged
                 bad += 1
     return found, bad
 
@@ -168,13 +166,10 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
     batch, jobs = batch or max(1, 8192 // side ** 2), list(dict.fromkeys(jobs))
     if (taken := results.take_over(jobs, reuse)) and RANK == 0:
         print(f"{what}: {taken} of {len(jobs)} pictures are known from earlier runs")
-    blocks = [jobs[i:i + batch] for i in range(0, len(jobs), batch)]
-
-    def picture_file(job: Picture) -> Path:
-        return results.folder / "pictures" / picture_name(job)
+    blocks, place = [jobs[i:i + batch] for i in range(0, len(jobs), batch)], results.folder / "pictures"
 
     def done(job: Picture) -> bool:
-        return job in results.found and (not keep or picture_file(job).exists())
+        return job in results.found and (not keep or (place / picture_name(job)).exists())
 
     todo = [block for block in blocks[RANK::WORLD] if not all(map(done, block))]
     quiet = None if RANK == 0 else True                           # None: where there is no terminal
@@ -186,9 +181,9 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
             with torch.no_grad():
                 features = clip.image_features(clip.preprocess(pictures.to(clip.logit_scale))).cpu()
             if keep:
-                picture_file(block[0]).parent.mkdir(exist_ok=True)
-                for job, picture in zip(block, pictures):
-                    write_png(picture_file(job), (picture.permute(1, 2, 0) * 255).round().byte().numpy())
+                place.mkdir(exist_ok=True)
+                for job, picture in zip(block, pixels(pictures)):
+                    write_png(place / picture_name(job), picture)
             results.add(block, features)
             bar.update(len(block))
     results.settle()
@@ -197,7 +192,7 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
         for old in keep.glob("*.png"):
             old.unlink()
         for job in jobs:
-            link(picture_file(job), keep / picture_file(job).name)
+            link(place / picture_name(job), keep / picture_name(job))
     return {job: results.found[job] for job in jobs}
 
 

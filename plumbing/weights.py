@@ -75,10 +75,10 @@ def finite(tensor: Tensor) -> bool:
 def check_finite(tensor: Tensor, network: str, dtype) -> None:
     """Raises UserError where a network gave NaN or infinity: what follows from it would mean nothing."""
     if not tensor.isfinite().all():
-        what, dtype = "NaN" if tensor.isnan().any() else "infinity", str(dtype).removeprefix("torch.")
-        raise UserError(f"{network} gave {what} in {dtype}: " + {
-            "float16": "try --dtype bfloat16 or float32", "bfloat16": "try --dtype float32"}.get(
-                dtype, "is the guidance too large, or are the model or the edit damaged?"))
+        what, advice = "NaN" if tensor.isnan().any() else "infinity", {
+            torch.float16: "try --dtype bfloat16 or float32", torch.bfloat16: "try --dtype float32"}
+        raise UserError(f"{network} gave {what} in {str(dtype).removeprefix('torch.')}: "
+                        + advice.get(dtype, "is the guidance too large, or the edit damaged?"))
 
 
 class NoInit(TorchFunctionMode):

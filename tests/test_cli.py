@@ -1,32 +1,34 @@
 """Devices, errors as one line, and texts in UTF-8."""
 import ast
 import os
+import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from helpers import ENV, ROOT
-from plumbing import UserError, cli
+from helpers import ROOT
+from plumbing import UserError
 from plumbing.cli import command_line, pick_device
 
 
-COUNT = "from plumbing import cli, results as r; cli.command_line(lambda: print(r.RANK, r.WORLD){})"
-
-
 @pytest.mark.parametrize("env, shared, out, err", [
-    ({"RANK": "3", "WORLD_SIZE": "8"}, True, "0 1\n", "RANK and WORLD_SIZE are ignored"),
+    ({"RANK": "3", "WORLD_SIZE": "8"}, True, "0 1\n", "RANK and WORLD_SIZE are not torchrun's"),
     ({"RANK": "", "WORLD_SIZE": ""}, True, "0 1\n", ""),
     ({"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, True, "1 2\n", ""),
     ({"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, False, "0 2\n", "one of 2 processes"),
     ({"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, False, "", "")])
-def test_processes_are_torchruns_and_one_works_where_nothing_is_shared(env, shared, out, err):
-    code = COUNT.format(", shared=True" * (shared and hasattr(cli, "TORCHRUN")))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV | env, capture_output=True,
-                          text=True)
-    assert (done.stdout, done.returncode) == (out, 0) and err in done.stderr
-    assert done.stderr.count("\n") == (err != "")
+def test_processes_are_torchruns_and_one_works_alone(monkeypatch, capsys, env, shared, out, err):
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    cli = runpy.run_path(str(ROOT / "plumbing/cli.py"))           # which reads them once
+    how = {"shared": True} if shared and "WORLD" in cli else {}
+    cli["command_line"](lambda: print(cli.get("RANK"), cli.get("WORLD")), **how)
+    printed, warned = capsys.readouterr()
+    assert printed == out and err in warned and warned.count("\n") == (err != "")
 
 
 def test_cuda_is_the_processs_own_gpu_and_mps_must_be_asked_for(monkeypatch):

@@ -146,7 +146,7 @@ def test_columns_of_groups_are_lines_of_the_table(here, tmp_path, monkeypatch):
 def test_a_group_must_be_a_column_and_needs_a_csv(refused, edit, tmp_path):
     (tmp_path / "mine.csv").write_text("prompt,mood\na cat,calm\n")
     refused("eval_clip.py", "--prompts", "mine.csv", "--group", "type", cwd=tmp_path, match="column 'type'")
-    refused("eval_clip.py", "--edit", edit, "--group", "type", cwd=tmp_path, match="--group.*--prompts")
+    refused("eval_clip.py", "--edit", edit, "--group", "type", cwd=tmp_path, match="--prompts.*--group")
 
 
 # ---- what CLIP chooses among ----
@@ -163,7 +163,8 @@ def test_one_class_is_chosen_among_others_so_that_it_can_be_missed(here, tmp_pat
 
 def test_choices_are_the_book_or_named_and_hold_no_synonym_of_a_class():
     rows = [{"class": "aircraft"}, {"class": "cat"}, {"class": None}]
-    assert set(own_prompts.names_among(rows, None)) == {"aircraft", *CLASSES, *book()["scenes"]} - {"airplane"}
+    expected = {"aircraft", *CLASSES, *book()["scenes"]} - {"airplane"}
+    assert set(own_prompts.names_among(rows, None)) == expected
     assert own_prompts.names_among(rows, " Sky,cat,,") == ["aircraft", "cat", "sky"]
     assert own_prompts.names_among([{"class": None}], None) == []
     for one, others in (([{"class": "cat"}], "cat, Cat"), ([{"class": None}], "cat,dog")):

@@ -85,6 +85,9 @@ def test_of_a_picture_that_is_there_twice_the_first_counts(tmp_path, monkeypatch
     b'{"prompt": "a", "seed": 1, "feature": "?"}',
     b'{"prompt": "a", "seed": 1, "feature": "%s"}' % (b"A" * 48),
     b'{"prompt": "a", "seed": 1, "feature": "AH4AfgB+AH4AfgB+AH4Afg=="}',                # eight NaNs
+    b'{"prompt": 5, "seed": 1, "feature": "AAAAAAAAAAAAAAAAAAAAAA=="}',
+    pytest.param(b"[" * 100_000, id="deep"),
+    b'{"prompt": "a", "seed": Infinity, "feature": "AAAAAAAAAAAAAAAAAAAAAA=="}',
     b'{"prompt": "a", "seed": null, "feature": "AAAAAAAAAAAAAAAAAAAAAA=="}'])
 def test_damaged_lines_are_dropped_and_the_others_kept(tmp_path, capsys, line):
     results = Results(tmp_path, {}, 8)
