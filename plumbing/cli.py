@@ -160,7 +160,7 @@ def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     at_least_1(args, "n", "steps", "batch")
     if args.out and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is not a folder")
-    there = {path.name for path in args.out.iterdir()} if args.out and args.out.exists() else None
+    there = {path.name for path in args.out.glob("[!.]*")} if args.out else None
     if there and not there & {"results", "edits", "found", "asked.json", "sweep.json"}:
         raise UserError(f"--out {args.out} holds other things than results: choose a new folder")
     return args

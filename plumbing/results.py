@@ -65,7 +65,8 @@ def read_features(files: list[Path], width: int) -> tuple[dict[Picture, Tensor],
             try:
                 record = json.loads(line)
                 feature = np.frombuffer(base64.b64decode(record["feature"], validate=True), np.float16)
-                if len(feature) != width or not np.isfinite(feature).all() or type(record["prompt"]) is not str:
+                right = len(feature) == width and np.isfinite(feature).all()
+                if not (right and isinstance(record["prompt"], str)):
                     raise ValueError
                 found.setdefault((record["prompt"], int(record["seed"])),
                                  torch.from_numpy(feature.astype(np.float32)))
