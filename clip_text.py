@@ -141,6 +141,8 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
+        if width % heads:
+            raise UserError(f"CLIP: hidden_size {width} must be divisible by num_attention_heads {heads}")
         self.heads, self.causal = heads, causal
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 

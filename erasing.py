@@ -40,9 +40,9 @@ from plumbing import UserError
 from plumbing.cli import (DTYPES, Clock, NoFlags, check_export, command_line, erasing_args, lines_of,
                           pick_device, program, slug)
 from plumbing.disk import whole_folder
-from plumbing.edits import base_hash, cross_attention, original, write_edit, write_report
+from plumbing.edits import base_hash, cross_attention, original, text_hash, write_edit, write_report
 from plumbing.formats import export_pipeline, write_lora
-from plumbing.models import model_folder
+from plumbing.models import model_folder, model_name
 from plumbing.prompts import (TASKS, UNRELATED, anchor_of, book, names_to_choose, preserved_prompts,
                               prompts_to_watch)
 from plumbing.weights import put_weights
@@ -113,7 +113,8 @@ class Job:
     first used), model_folder, device, dtype, task, seed, args (all flags, the method's own too), folder (the
     edit's, being written), preview (True: only the change of text is wanted, so training can be left out);
     clock("part") notes the seconds since the last part.
-    To fill: about (goes into the edit's metadata), report (into run.json), drawing (see above).
+    To fill: about (goes into the edit's metadata), report (into run.json), drawing (see above), later
+    (functions that draw: they are called once the edit is written).
     """
 
     def __init__(self, model: Path, concepts: list[str], anchors: list[str] | None = None,
@@ -122,11 +123,15 @@ class Job:
         self.clock, self.text, self.folder, self.preview = Clock(), Text(model), None, False
         self.args = NoFlags(no_pictures=True)
         self.pairs = make_pairs(concepts, anchors, task, self.text, rows, seed)
-        self.about, self.report, self.drawing = {}, {}, {}
+        self.about, self.report, self.drawing, self.later = {}, {}, {}, []
 
     @cached_property
     def W0(self) -> dict[str, Tensor]:
-        return cross_attention(self.model_folder)
+        W0, width = cross_attention(self.model_folder), self.pairs[0].e.shape[1]
+        if any(W.ndim != 2 or W.shape[1] != width for W in W0.values()):
+            raise UserError(f"{self.model_folder}: the text encoder's rows are {width} wide, but its U-Net "
+                            "reads others")
+        return W0
 
     @cached_property
     def model(self) -> Model:
@@ -228,10 +233,11 @@ def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
             print(f"{row['prompt'][:26]:<28}{seen(row, 'before', n):<32}{seen(row, 'after', n)}")
     sheets = {when: x.unflatten(0, (-1, n))[:, :8] for when, x in drawn.items()}
     erased = ", ".join(f"{pair.concept} → {pair.anchor or 'nothing'}" for pair in job.pairs)
+    name = model_name(job.args.model)
     notes = [[seen(row, when, n) for when in sheets] for row in table] if "before" in table[0] else None
     write_sheets(job.folder / "before_after.png", sheets, prompts,
-                 {"seed": seeds[:8], "edit": erased, "model": str(model.folder), "settings": model.defaults},
-                 title=erased, notes=notes, footer=f"seeds {seeds[0]}–{seeds[:8][-1]}; model: {model.folder}")
+                 {"seed": seeds[:8], "edit": erased, "model": name, "settings": model.defaults},
+                 title=erased, notes=notes, footer=f"seeds {seeds[0]}–{seeds[:8][-1]}; model: {name}")
     return table
 
 
@@ -269,8 +275,19 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
         for pair in job.pairs:
             print(f"{pair.concept} → {pair.anchor or 'nothing'}: {pair.n} of {len(pair.e)} rows")
         with whole_folder(args.out, args.overwrite) as job.folder:
-            finish(job, erase(job, s), {"method": method, "settings": dataclasses.asdict(s)})
+            W, about = save(job, erase(job, s), {"method": method, "settings": dataclasses.asdict(s)})
+        job.folder = args.out                                     # from here on nothing can take it away
         print(f"wrote {args.out}/")
+        if not args.no_pictures:
+            for draw in job.later:
+                draw()
+            about["table"] = before_after(job, W, args.n)
+            job.clock("pictures")
+        if args.export:
+            export_pipeline(args.export, folder, W, about)
+            job.clock("pipeline folder")
+        write_report(job.folder, about | job.report | {"seconds": job.clock.seconds})
+        print(job.clock)
 
     command_line(main)
 
@@ -292,29 +309,24 @@ def erase_with(method, model: Model, concept: str, anchor: str | None = None, ta
     return {name: tensor.to(W0[name].dtype) for name, tensor in W.items()}, job.report
 
 
-def finish(job: Job, W: dict[str, Tensor], about: dict) -> None:
-    """Write the edit, each tensor in the dtype of the model's file, draw before and after, note it all in
-    run.json, and export if asked."""
+def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor], dict]:
+    """Write the edit, each tensor in the dtype of the model's file, its LoRA if asked, and run.json. Returns
+    the tensors as written, and what an edit says of itself."""
     args, W0 = job.args, original(job.model_folder, W)
     about |= job.about | {"concepts": [pair.concept for pair in job.pairs],
                           "anchors": [pair.anchor for pair in job.pairs], "task": job.task, "seed": job.seed,
-                          "model": args.model, "base_hash": base_hash(job.W0)}
+                          "model": model_name(args.model), "base_hash": base_hash(job.W0),
+                          "text_hash": text_hash(job.model_folder)}
     if W and "numbers" not in job.report:
         job.say("edit", W)
     if args.export_lora:
         job.report["LoRA error"] = write_lora(job.folder, W0, W, args.export_lora, about)
         job.clock("LoRA file")
-    W, table = {name: tensor.to(W0[name].dtype) for name, tensor in W.items()}, []
+    W = {name: tensor.to(W0[name].dtype) for name, tensor in W.items()}
     if W:
         write_edit(job.folder, W, about)
-    if not args.no_pictures:
-        table = before_after(job, W, args.n)
-        job.clock("pictures")
-    if args.export:
-        export_pipeline(args.export, job.model_folder, W, about)
-        job.clock("pipeline folder")
-    write_report(job.folder, about | job.report | {"table": table, "seconds": job.clock.seconds})
-    print(job.clock)
+    write_report(job.folder, about | job.report | {"seconds": job.clock.seconds})
+    return W, about
 
 
 def main() -> None:

@@ -72,6 +72,10 @@ class Model:
         if not widths.in_channels == widths.out_channels == latent:                  # inpainting: 9
             raise UserError(f"{folder} is no text-to-image model: its U-Net takes {widths.in_channels} "
                             f"channels, its VAE {latent}")
+        if self.text.encoder.config.hidden_size != widths.cross_attention_dim:
+            raise UserError(f"{folder}: the text encoder's rows are "
+                            f"{self.text.encoder.config.hidden_size} wide, but its U-Net reads "
+                            f"{widths.cross_attention_dim}")
         self.scheduler = Scheduler.from_pretrained(folder / "scheduler")
         self.defaults = defaults(folder)
         self.worn, self.own = {}, {}                              # an edit's tensors, and ours in their place

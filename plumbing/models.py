@@ -5,15 +5,17 @@
 From the hub only what our networks read is downloaded, once, with a progress bar: no pickles, no checker,
 weights in half precision only where a repository has no others. What the hub's cache holds needs no network.
 """
+import dataclasses
 import functools
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
 
 from plumbing import UserError, single_file
-from plumbing.disk import read_json, readable
-from plumbing.weights import beside
+from plumbing.disk import readable
+from plumbing.weights import beside, read_config
 
 MINI = str(Path(__file__).resolve().parents[1] / "mini")                        # the default model
 
@@ -40,6 +42,11 @@ def model_folder(name: str, flag: str = "--model") -> Path:
                         "have") from None
 
 
+def model_name(model: str) -> str:
+    """What files that travel say of --model: a folder's own name, without where it lies, or the hub's id."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
 def check_single_file(path: Path, flag: str) -> None:
     """It must hold all networks of SD v1 under their original names, or else a UserError says what to do."""
     if path.suffix != ".safetensors":
@@ -51,10 +58,18 @@ def check_single_file(path: Path, flag: str) -> None:
                         "other models are read as folders in the diffusers layout")
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """What a model draws with if nobody says otherwise: SD's numbers."""
+    guidance: float = 7.5
+    steps: int = 50
+    size: int = 512
+
+
 def defaults(folder: Path) -> dict:
-    """Guidance, steps and picture size of a model: its `defaults.json`, or SD's 7.5, 50 and 512."""
-    path = beside(folder / "defaults.json")
-    return {"guidance": 7.5, "steps": 50, "size": 512} | (read_json(path) if path.exists() else {})
+    """Guidance, steps and picture size of a model: its `defaults.json`, or SD's."""
+    there = beside(folder / "defaults.json").exists()
+    return dataclasses.asdict(read_config(folder, Defaults, {}, "defaults.json") if there else Defaults())
 
 
 def fingerprint(folder: Path) -> str:
