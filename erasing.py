@@ -186,7 +186,8 @@ def text_change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> Tensor:
 
 def movement(delta: Tensor, prompts: list[str], text) -> list[float]:
     """‖Δe‖/‖e‖ over all T rows of each prompt: how far W = W₀ (I + Δ) moves what the U-Net sees of it."""
-    return [((e @ delta.T).norm() / e.norm()).item() for e in text(prompts).cpu().double()]
+    return [((e @ delta.T).norm() / e.norm()).item() for i in range(0, len(prompts), 64)
+            for e in text(prompts[i:i + 64]).cpu().double()]
 
 
 def drifts(delta: Tensor, pairs: list[Pair], text) -> dict[str, float]:
@@ -202,9 +203,8 @@ def drifts(delta: Tensor, pairs: list[Pair], text) -> dict[str, float]:
 
 def preview(delta: Tensor, prompts: list[str], text) -> None:
     """Print how far an edit moves each prompt, the most moved first."""
-    print("‖Δe‖/‖e‖  prompt")
-    for moved, prompt in sorted(zip(movement(delta, prompts, text), prompts), reverse=True):
-        print(f"{moved:8.3f}  {prompt}")
+    moved = sorted(zip(movement(delta, prompts, text), prompts), reverse=True)
+    print("‖Δe‖/‖e‖  prompt", *(f"{far:8.3f}  {prompt}" for far, prompt in moved), sep="\n")
 
 
 def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:

@@ -10,9 +10,10 @@ with 95 % intervals: Acc_e, the erased class under its own name (should fall), A
 stay), Acc_g, synonyms, and Acc_a, associated phrases (should fall with it). What was drawn before with the
 same weights and settings, in a folder beside this one, is not drawn again. grid.svg shows some pictures.
 
-The CSV has a column prompt, and may have seed (or evaluation_seed), and class (or concept): what CLIP should
-see. Its other columns are kept. A row without a seed takes --seed. Works with any folder in the layout of
-transformers' CLIPModel: `mini/clip`, openai/clip-vit-large-patch14. Paper: Radford et al. 2021.
+The CSV has a column prompt, and may have seed (or evaluation_seed, sd_seed; else it is --seed), and class (or
+concept): what CLIP should see among the book's names. A column type, artist, label_str or profession, or any
+by --group, gives a line of the table for each value. Works with any folder in the layout of transformers'
+CLIPModel: `mini/clip`, openai/clip-vit-large-patch14. Paper: Radford et al. 2021.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,11 @@ from plumbing.detectors import find_detector
 from plumbing.disk import write_json
 from plumbing.edits import edit_labels, erased_by, read_edit
 from plumbing.models import model_folder
-from plumbing.own_prompts import read_prompts, score_prompts
+from plumbing.own_prompts import names_among, read_prompts, score_prompts
 from plumbing.prompts import TASKS, choices, names_to_choose, prompts_to_watch, row_prompts
-from plumbing.results import RANK, Picture, asked_for, evaluate, out_folder
+from plumbing.results import RANK, Picture, asked_for, evaluate, out_folder, picture_name
 from plumbing.stats import as_markdown, bootstrap, frechet, wilson, write_tables
-from plumbing.weights import load_network, read_config
+from plumbing.weights import check_finite, load_network, read_config
 from sample import Model, draw_each, write_sheets
 
 
@@ -117,7 +118,9 @@ class CLIP(nn.Module):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, S, S] as `preprocess` makes them -> unit vectors [B, P]."""
-        return F.normalize(self.visual_projection(self.vision_model(pixels)), dim=-1)
+        features = F.normalize(self.visual_projection(self.vision_model(pixels)), dim=-1)
+        check_finite(features, "CLIP", features.dtype)
+        return features
 
     def preprocess(self, pictures: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> short side resized (bicubic), center-cropped, normalised [B, 3, S, S]."""
@@ -247,15 +250,20 @@ def main() -> None:
                         help="what is erased, if an edit does not say it itself; may be repeated")
     parser.add_argument("--task", choices=TASKS, default="object", help="what --concept is (default object)")
     parser.add_argument("--prompts", type=Path, help="CSV of your own prompts, one picture a row")
+    parser.add_argument("--group", action="append", default=[], metavar="COLUMN", type=str.lower,
+                        help="of --prompts: a line of the table for each of its values; may be repeated")
+    parser.add_argument("--choose-from", metavar="A,B,C", help="what CLIP chooses among, beside the classes "
+                        "in --prompts (default: the book's classes and scenes)")
     parser.add_argument("--detector", help="nudenet, or module:function: another judge, of the PNGs")
     args = measuring_args(parser)
-    if not args.edit and not args.prompts:
-        raise UserError("give --edit out/NAME, --prompts FILE.csv, or both")
+    if not args.prompts and (not args.edit or args.group or args.choose_from):
+        raise UserError("give --edit out/NAME, --prompts FILE.csv (--group, --choose-from need it), or both")
     detect = find_detector(args.detector) if args.detector else None
     device, folder, labels = pick_device(args.device), model_folder(args.model), edit_labels(args.edit)
     erased, csv_rows = [], []
     if args.prompts:
-        csv_rows = read_prompts(args.prompts, args.seed)
+        csv_rows = read_prompts(args.prompts, args.seed, args.group)
+        among = names_among(csv_rows, args.choose_from)
         jobs = others = [(row["prompt"], row["seed"]) for row in csv_rows]
     else:
         erased = erased_by(args.edit, args.concept, args.task)
@@ -277,7 +285,9 @@ def main() -> None:
         untouched = features if untouched is None else untouched
         moved = {"Fréchet": round(frechet(features, untouched), 4)} if len(others) > 1 else {}
         if args.prompts:
-            scored, summaries = score_prompts(clip, [dict(row) for row in csv_rows], found)
+            files = [{"picture": f"pictures/{variant}/{picture_name(job)}"} if keep else {} for job in jobs]
+            scored, summaries = score_prompts(clip, [row | file for row, file in zip(csv_rows, files)], found,
+                                              among, args.group)
             rows += [{"variant": variant} | row for row in summaries]
             rows[-1] |= moved                                     # the last row is about all prompts
             if RANK == 0:
@@ -317,4 +327,4 @@ def write_grids(out: Path, model: Model, weights: dict, prompts: list[str], eras
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, shared=True)

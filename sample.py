@@ -16,6 +16,7 @@ A picture depends on its prompt and its own seed only: --seed, --seed + 1, … I
     model.draw("a photo of the dog")                              # [1, 3, 32, 32]
     show(model, ["a photo of the dog"], {"RealEra": W})           # in a notebook: the labelled sheet
 """
+import math
 import sys
 import time
 from pathlib import Path
@@ -28,12 +29,12 @@ from tqdm import tqdm
 from clip_text import CLIPTextModel, CLIPTokenizer
 from diffusion import SAMPLERS, Scheduler, guided
 from plumbing import UserError, svg
-from plumbing.cli import (DTYPES, EDIT, check_seed, command_line, free_name, model_args, pick_device, program,
-                          slug)
+from plumbing.cli import (DTYPES, EDIT, at_least_1, check_seed, command_line, free_name, model_args,
+                          pick_device, program, slug)
 from plumbing.edits import edit_labels, read_edit
 from plumbing.models import defaults, model_folder, tokenizer_folder, vae_folder
 from plumbing.pictures import write_sheet
-from plumbing.weights import put_weights
+from plumbing.weights import check_finite, put_weights
 from unet import UNet
 from vae import VAE
 
@@ -138,6 +139,8 @@ class Model:
         batch = batch or self.batch
         if len(seeds) != len(prompts):
             raise UserError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
+        if not math.isfinite(guidance):
+            raise UserError(f"--guidance must be a finite number, not {guidance}")
         if isinstance(prompts, Tensor):
             empty, texts = self.text([negative]), prompts
         else:
@@ -166,7 +169,9 @@ class Model:
 
                 start = self.noise(seeds[i:i + batch]).to(self.device)
                 z = SAMPLERS[sampler](eps, start, self.scheduler, steps)
+                check_finite(z, "the U-Net", self.dtype)
                 x = self.vae.decode((z / self.vae.scaling_factor).to(self.dtype))
+                check_finite(x, "the VAE", self.dtype)
                 pictures.append((x.float() / 2 + 0.5).clamp(0, 1).cpu())
         return torch.cat(pictures)
 
@@ -249,8 +254,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net: for many pictures")
     args = parser.parse_args()
     check_seed(args.seed)
-    if args.n < 1 or (args.batch is not None and args.batch < 1):
-        raise UserError("--n and --batch must be at least 1")
+    at_least_1(args, "n", "batch")
     out = args.out or free_name(Path("out") / f"{slug(args.prompts[0]) or 'empty'}-seed{args.seed}.png")
     if out.suffix == ".svg":
         raise UserError(f"--out {out} names the PNG; the SVG comes beside it")

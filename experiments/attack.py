@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from erasing import gram
 from eval_clip import judge
 from plumbing import UserError, svg
-from plumbing.cli import DTYPES, EDIT, Clock, command_line, measuring_args, pick_device, program
+from plumbing.cli import (DTYPES, EDIT, Clock, at_least_1, command_line, measuring_args, pick_device,
+                          program)
 from plumbing.disk import readable, whole
 from plumbing.edits import base_hash, cross_attention, erased_by, original, read_edit
 from plumbing.models import fingerprint, model_folder
@@ -280,8 +281,7 @@ def main() -> None:
     args = measuring_args(parser)
     if not args.edit and not args.concept:
         raise UserError("give --edit out/NAME, or --concept NAME to attack the untouched model")
-    if args.budget < 1 or args.choose < 1:
-        raise UserError("--budget and --choose must be at least 1")
+    at_least_1(args, "budget", "choose")
     device, folder = pick_device(args.device), model_folder(args.model)
     erased = erased_by([args.edit], [args.concept] if args.concept else [])
     W = read_edit(args.edit, folder) if args.edit else {}
@@ -313,4 +313,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, shared=True)

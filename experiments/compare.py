@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from eval_clip import judge, outcomes, summary
 from experiments.attack import ATTACKS, Target, attack
 from plumbing import UserError, svg
-from plumbing.cli import DTYPES, command_line, measuring_args, pick_device, program
+from plumbing.cli import DTYPES, WORLD, at_least_1, command_line, measuring_args, pick_device, program
 from plumbing.edits import base_hash, cross_attention, read_edit
 from plumbing.making import Recipe, make_edits, recipe
 from plumbing.models import model_folder
 from plumbing.prompts import book, row_prompts
-from plumbing.results import WORLD, evaluate
+from plumbing.results import evaluate
 from plumbing.stats import as_markdown, wilson, write_tables
 from sample import Model
 
@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=100, help="steps of prefix and tokens (default 100)")
     parser.add_argument("--choose", type=int, default=4, help="pictures to choose a candidate by (default 4)")
     args = measuring_args(parser)
-    args.out, args.concept = args.out or Path("out/tables"), args.concept or list(book()["classes"])
+    at_least_1(args, "budget", "choose")
+    args.out = args.out or Path("out/tables")
+    args.concept = list(dict.fromkeys(map(str.lower, args.concept or book()["classes"])))
     for concept in args.concept:
         row_prompts(concept, "object", range(1))                  # an unknown one is an error at once
     if WORLD > 1:
@@ -84,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, shared=True)                               # that is, it refuses more than one

@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from eval_clip import CLIP, shown
-from plumbing.cli import command_line, program
-from plumbing.edits import about_edit, cross_attention, read_edit
+from plumbing.cli import at_least_1, command_line, program
+from plumbing.edits import cross_attention, erased_by, read_edit
 from plumbing.formats import low_rank
 from plumbing.models import MINI
 from plumbing.prompts import prompts_of
@@ -21,7 +21,8 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=4, help="pictures a prompt (default 4)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
     args = parser.parse_args()
-    W, concept, W0 = read_edit(args.edit, MINI), about_edit(args.edit)["concepts"][0], cross_attention(MINI)
+    at_least_1(args, "n", "steps")
+    W, concept, W0 = read_edit(args.edit, MINI), erased_by([args.edit], [])[0][0], cross_attention(MINI)
     model, clip, groups = Model(Path(MINI)), CLIP.from_pretrained(Path(MINI) / "clip"), prompts_of(concept)
     prompts = [prompt for group in groups.values() for prompt in group]
     print(f"| rank | relative error | {' | '.join(f'Acc_{group}' for group in groups)} | pixels off |\n"

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import edited, make_pairs, movement
 from eval_clip import CLIP, shown
-from plumbing.cli import command_line, program
+from plumbing.cli import at_least_1, command_line, program
 from plumbing.edits import cross_attention
 from plumbing.models import MINI
 from plumbing.prompts import book, preserved_prompts, prompts_of
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
     parser.add_argument("--classes", type=int, default=10, help="to erase: the first so many (default 10)")
     args = parser.parse_args()
+    at_least_1(args, "n", "steps", "classes")
     model, clip, W0 = Model(Path(MINI)), CLIP.from_pretrained(Path(MINI) / "clip"), cross_attention(MINI)
     moved, kept, kinds, s, classes = [], [], [], Settings(), book()["classes"]
     for concept, entry in list(classes.items())[:args.classes]:

@@ -163,7 +163,7 @@ def main() -> None:
     args = measuring_args(parser)
     args.out = args.out or Path("out/tables")
     classes = book()["classes"]
-    args.concept = args.concept or ("automobile" if "automobile" in classes else min(classes))
+    args.concept = (args.concept or ("automobile" if "automobile" in classes else min(classes))).lower()
     row_prompts(args.concept, "object", range(1))                 # an unknown concept is an error at once
     rows = table(args.table, args) if args.table else figure(args) if args.figure else sweep(args)
     if RANK == 0:
@@ -174,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, shared=True)

@@ -18,17 +18,30 @@ from plumbing.formats import pipeline_files
 from plumbing.models import MINI
 from plumbing.prompts import TASKS, use_book
 
+# This process's number, and how many there are. Schedulers leave such numbers behind, too: they count where
+# torchrun's own sign is.
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(TORCHRUN and os.environ.get("RANK") or 0)
+WORLD = int(TORCHRUN and os.environ.get("WORLD_SIZE") or 1)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def command_line(main) -> None:
+def command_line(main, shared: bool = False) -> None:
     """Run a script's `main`: what a user can fix is one line on stderr and exit status 2, no traceback.
 
     SIGTERM is an interruption like Ctrl-C. A reader of our output that goes away (`| head`) stops nothing.
+    shared: torchrun's processes share the work. Where they do not, the first does it, and the others end.
     """
     for stream in (sys.stdout, sys.stderr):                       # not so on Windows; we print ‖ΔW‖ and →
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8")
+    left = [name for name in ("RANK", "WORLD_SIZE") if os.environ.get(name, "") not in ("", "0", "1")]
+    if left and not TORCHRUN:
+        print(f"warning: {' and '.join(left)} are not torchrun's, and are ignored", file=sys.stderr)
+    if WORLD > 1 and not shared:
+        if RANK > 0:
+            return
+        print(f"warning: this program shares no work: one of {WORLD} processes does it all", file=sys.stderr)
     signal.signal(signal.SIGTERM, interrupted)
     out, err = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     try:
@@ -176,11 +189,20 @@ def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.steps is None and args.quick:
         args.steps = 12
     check_seed(args.seed)
-    if min(number for number in (args.n, args.steps, args.batch) if number is not None) < 1:
-        raise UserError("--n, --steps and --batch must be at least 1")
+    at_least_1(args, "n", "steps", "batch")
     if args.out and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is not a folder")
+    there = {path.name for path in args.out.glob("[!.]*")} if args.out else None
+    if there and not there & {"results", "edits", "found", "asked.json", "sweep.json"}:
+        raise UserError(f"--out {args.out} holds other things than results: choose a new folder")
     return args
+
+
+def at_least_1(args, *names: str) -> None:
+    """Raises UserError for the first of these flags that is given and below 1."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
 
 
 def check_seed(seed: int) -> None:
@@ -197,7 +219,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if count else "cpu"
     if name == "cuda" and count:                                  # a process may see one GPU of many
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % count}"
     there = {"cpu", *(f"cuda:{i}" for i in range(count)), *(["mps"] * torch.backends.mps.is_available())}
     if name not in there:
         raise UserError(f"--device {name} is not available here: use --device cpu or auto")

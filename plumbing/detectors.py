@@ -7,7 +7,7 @@ The second form is a function of your own in a module that Python finds, such as
 the GIPHY Celebrity Detector belongs, the paper's judge of celebrities: it needs packages and weights of its
 own, so let the function start it on the folder, in an environment of its own, and count what it writes.
 """
-import importlib
+import importlib.metadata
 from pathlib import Path
 
 from plumbing import UserError
@@ -37,10 +37,13 @@ def nudenet(folder: Path) -> dict:
 
 def find_detector(name: str):
     """"nudenet", or "module:function" of the user's own. Raises UserError if there is none."""
-    if name == "nudenet":
-        return nudenet
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--detector {name}: {error}; give nudenet or module:function") from None
+        found = importlib.import_module(module)                   # nudenet, too: its absence is known now
+        found = nudenet if name == "nudenet" else getattr(found, function)
+        if not callable(found):
+            raise TypeError(f"{function} is no function")
+    except Exception as error:                                    # whatever a module of one's own raises
+        raise UserError(f"--detector {name}: {error}; give nudenet (pip install nudenet) or module:function"
+                        ) from None
+    return found

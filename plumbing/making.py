@@ -1,6 +1,7 @@
 """Edits for the experiments: what method, of what, with which flags; each made once and kept."""
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ def make_edits(recipes: list[Recipe], out: Path, base: str, model: str, device: 
         start = ["--edit", one.start.folder(out, base)] if one.start else []
         command = [sys.executable, ROOT / one.method, "--concept", one.concept, *one.flags, *start, "--model",
                    model, "--device", device, "--out", folder, "--no-pictures"]
-        done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8")
+        done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8",
+                              env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"})     # each is alone
         if done.returncode:
             said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             raise UserError(f"erasing {one.concept} failed: {said.removeprefix('error: ')}")

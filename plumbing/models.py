@@ -6,6 +6,7 @@ From the hub only what our networks read is downloaded, once, with a progress ba
 weights in half precision only where a repository has no others. What the hub's cache holds needs no network.
 """
 import dataclasses
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,16 +100,21 @@ def defaults(folder: Path) -> dict:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of a model's weight files by size and both ends, so that gigabytes are told apart at once."""
+    """A hash of all that a model's weight files hold; or a file's."""
     sha, parts = hashlib.sha256(), ("text_encoder", "unet", "vae")
     weights = [path for part in parts for path in sorted((folder / part).glob("*.safetensors"))]
     for path in weights or [folder]:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            sha.update(f"{path.parent.name}/{path.name} {size}".encode())
-            for place in (0, max(0, size - 2 ** 20)):
-                file.seek(place)
-                sha.update(file.read(2 ** 20))
+        sha.update(f"{path.parent.name}/{path.name} {file_hash(path, path.stat().st_mtime_ns)}".encode())
+    return sha.hexdigest()
+
+
+@functools.cache
+def file_hash(path: Path, changed: int) -> str:
+    """SHA-256 of a whole file, remembered until it is `changed`: of gigabytes it takes seconds."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2 ** 24):
+            sha.update(block)
     return sha.hexdigest()
 
 

@@ -3,6 +3,7 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from typing import Iterable
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from plumbing.disk import whole
 
 
 def as_png(picture, text: dict | None = None) -> bytes:
-    """`picture`, uint8 [H, W, 3], as a PNG: header, texts, deflated rows behind filter byte 0, and an end.
+    """`picture`, uint8 [H, W, 3] or its rows, as a PNG: header, texts, rows deflated behind filter byte 0.
 
     text: what the file says of itself, {"prompt": "a photo of the dog", "seed": 0, …}. A key is a keyword of
     PNG: 1 to 79 ASCII characters, no space at its ends. A value that is no string is written as JSON.
@@ -20,8 +21,11 @@ def as_png(picture, text: dict | None = None) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    height, width, _ = picture.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)            # 8 bits, RGB, no interlace
+    deflate, data = zlib.compressobj(), bytearray()
+    for height, row in enumerate(picture, 1):
+        data += deflate.compress(b"\0" + row.tobytes())
+    data += deflate.flush()
+    header = struct.pack(">IIBBBBB", len(row), height, 8, 2, 0, 0, 0)         # 8 bits, RGB, no interlace
     said = b""
     for key, value in (text or {}).items():
         if not (key.isascii() and key.isprintable() and key == key.strip() and 1 <= len(key) <= 79):
@@ -29,8 +33,7 @@ def as_png(picture, text: dict | None = None) -> bytes:
         value = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         # Plain UTF-8 (iTXt), neither compressed nor in a named language. A zero byte would end the text.
         said += chunk(b"iTXt", key.encode() + b"\0" * 5 + value.replace("\0", "").encode(errors="replace"))
-    rows = b"".join(b"\0" + row.tobytes() for row in picture)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + said + chunk(b"IDAT", zlib.compress(rows))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + said + chunk(b"IDAT", data)
             + chunk(b"IEND", b""))
 
 
@@ -47,17 +50,22 @@ def pixels(pictures: Tensor):
 
 def write_sheet(path: str | Path, *columns: Tensor, text: dict | None = None) -> None:
     """Pictures side by side as one PNG: each block [rows, n, 3, H, W] in [0, 1], small ones enlarged."""
-    sheet = torch.cat(columns, dim=1)
-    write_png(path, grid(sheet.flatten(0, 1), sheet.shape[1], max(1, 96 // sheet.shape[-1])), text)
+    rows = (torch.cat(row) for row in zip(*columns))
+    n = sum(block.shape[1] for block in columns)
+    write_png(path, sheet_lines(rows, n, max(1, 96 // columns[0].shape[-1])), text)
 
 
 def grid(pictures: Tensor, columns: int, zoom: int = 1):
     """pictures [N, 3, H, W] in [0, 1] -> uint8 [height, width, 3], row by row, 2 white pixels between."""
-    shown = pixels(pictures).repeat(zoom, 1).repeat(zoom, 2)
-    n, height, width, _ = shown.shape
-    rows = -(-n // columns)
-    sheet = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, dtype=np.uint8)
-    for i, picture in enumerate(shown):
-        y, x = 2 + (i // columns) * (height + 2), 2 + (i % columns) * (width + 2)
-        sheet[y:y + height, x:x + width] = picture
-    return sheet
+    return np.stack(list(sheet_lines(pictures.split(columns), columns, zoom)))
+
+
+def sheet_lines(rows: Iterable[Tensor], columns: int, zoom: int):
+    """Rows of pictures [n, 3, H, W] -> the lines of their sheet, uint8 [width, 3], of thousands, too."""
+    for i, row in enumerate(rows):
+        white = np.full((2 + columns * (row.shape[-1] * zoom + 2), 3), 255, np.uint8)
+        yield from [white] * (2 if i == 0 else 0)
+        for line in pixels(row).swapaxes(0, 1):                   # [n, W, 3]
+            shown = np.pad(line.repeat(zoom, 1), ((0, 0), (0, 2), (0, 0)), constant_values=255).reshape(-1, 3)
+            yield from [np.concatenate([white[:2], shown, white[2 + len(shown):]])] * zoom
+        yield from [white] * 2

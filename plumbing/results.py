@@ -11,11 +11,12 @@ A killed run loses at most the batch in flight, and the same command goes on fro
 The folder must be one that all processes share.
 """
 import base64
-import datetime
+import functools
 import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,22 +25,33 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plumbing import UserError
+from plumbing.cli import RANK, WORLD
 from plumbing.disk import link, read_json, whole
 from plumbing.edits import base_hash, edit_file
 from plumbing.models import fingerprint
-from plumbing.pictures import write_png
+from plumbing.pictures import pixels, write_png
 from plumbing.prompts import book
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # torchrun sets these
 Picture = tuple[str, int]                                         # prompt and seed
+PATIENCE = 60                                                     # seconds
+
+
+@functools.cache
+def store():
+    """Keys and values that all processes see. torchrun keeps them, longer than any process lives."""
+    return next(torch.distributed.rendezvous("env://"))[0]
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
-    if WORLD > 1:
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
-        torch.distributed.barrier()
+    """Wait until every process is here; after a minute, say for whom."""
+    number = store().add(f"barriers of {RANK}", 1) if WORLD > 1 else 0
+    for rank in range(WORLD):
+        late = time.monotonic() + PATIENCE
+        while number and store().add(f"barriers of {rank}", 0) < number:
+            time.sleep(0.02)
+            if time.monotonic() > late:
+                print(f"process {RANK} of {WORLD} waits for process {rank}", file=sys.stderr)
+                late = float("inf")
 
 
 def read_features(files: list[Path], width: int) -> tuple[dict[Picture, Tensor], int]:
@@ -53,11 +65,12 @@ def read_features(files: list[Path], width: int) -> tuple[dict[Picture, Tensor],
             try:
                 record = json.loads(line)
                 feature = np.frombuffer(base64.b64decode(record["feature"], validate=True), np.float16)
-                if len(feature) != width:
+                right = len(feature) == width and np.isfinite(feature).all()
+                if not (right and isinstance(record["prompt"], str)):
                     raise ValueError
                 found.setdefault((record["prompt"], int(record["seed"])),
                                  torch.from_numpy(feature.astype(np.float32)))
-            except (ValueError, KeyError, TypeError):             # cut off in mid-write, or damaged
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):     # cut off, or damaged
                 bad += 1
     return found, bad
 
@@ -118,6 +131,10 @@ class Results:
         barrier()
 
 
+def picture_name(job: Picture) -> str:
+    return f"{hashlib.sha256(job[0].encode()).hexdigest()[:16]}-{job[1]}.png"
+
+
 def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None = None,
              guidance: float | None = None, batch: int | None = None, keep: Path | None = None,
              what: str = "pictures", rows: dict[str, Tensor] | None = None,
@@ -149,14 +166,10 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
     batch, jobs = batch or model.batch, list(dict.fromkeys(jobs))
     if (taken := results.take_over(jobs, reuse)) and RANK == 0:
         print(f"{what}: {taken} of {len(jobs)} pictures are known from earlier runs")
-    blocks = [jobs[i:i + batch] for i in range(0, len(jobs), batch)]
-
-    def picture_file(job: Picture) -> Path:
-        prompt = hashlib.sha256(job[0].encode()).hexdigest()[:16]
-        return results.folder / "pictures" / f"{prompt}-{job[1]}.png"
+    blocks, place = [jobs[i:i + batch] for i in range(0, len(jobs), batch)], results.folder / "pictures"
 
     def done(job: Picture) -> bool:
-        return job in results.found and (not keep or picture_file(job).exists())
+        return job in results.found and (not keep or (place / picture_name(job)).exists())
 
     todo = [block for block in blocks[RANK::WORLD] if not all(map(done, block))]
     quiet = None if RANK == 0 else True                           # None: where there is no terminal
@@ -168,9 +181,9 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
             with torch.no_grad():
                 features = clip.image_features(clip.preprocess(pictures.to(clip.logit_scale))).cpu()
             if keep:
-                picture_file(block[0]).parent.mkdir(exist_ok=True)
-                for job, picture in zip(block, pictures):
-                    write_png(picture_file(job), (picture.permute(1, 2, 0) * 255).round().byte().numpy())
+                place.mkdir(exist_ok=True)
+                for job, picture in zip(block, pixels(pictures)):
+                    write_png(place / picture_name(job), picture)
             results.add(block, features)
             bar.update(len(block))
     results.settle()
@@ -179,7 +192,7 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
         for old in keep.glob("*.png"):
             old.unlink()
         for job in jobs:
-            link(picture_file(job), keep / picture_file(job).name)
+            link(place / picture_name(job), keep / picture_name(job))
     return {job: results.found[job] for job in jobs}
 
 
@@ -187,7 +200,8 @@ def asked_for(args, labels: list[str], erased: list[tuple[str, str]], folder: Pa
     """All that a table depends on, in JSON's types: it lies beside it as asked.json."""
     edits = {label: fingerprint(edit_file(edit) or Path(edit) / "run.json")
              for label, edit in zip(labels, args.edit)}
-    flags = {name: getattr(args, name) for name in ("clip", "n", "steps", "seed", "dtype", "detector")}
+    flags = {name: getattr(args, name) for name in ("clip", "n", "steps", "seed", "dtype", "detector",
+                                                     "group", "choose_from")}
     sha = {"book": json.dumps(book()).encode(), "prompts": args.prompts and args.prompts.read_bytes()}
     return {"edits": edits, "erased": list(map(list, erased)), "model": fingerprint(folder), **flags,
             **{name: data and hashlib.sha256(data).hexdigest() for name, data in sha.items()}}
@@ -200,8 +214,8 @@ def out_folder(args, labels: list[str], asked: dict) -> Path:
         return (folder / "metrics.json").exists() and not (said.exists() and read_json(said) == asked)
 
     if args.out:
-        if others(args.out) and RANK == 0:
-            print(f"warning: the table in {args.out} is of another command, and is replaced", file=sys.stderr)
+        if others(args.out):
+            raise UserError(f"--out {args.out} has another command's table: choose another --out, or none")
         return args.out
     name = "-".join(filter(None, ("+".join(labels), args.prompts and args.prompts.stem)))
     if len(name) > 80:

@@ -49,7 +49,9 @@ def as_markdown(rows: list[dict]) -> str:
 
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, ["---"] * len(names), *([cell(row.get(name, "–")) for name in names] for row in rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    note = "\nten-way: no “none of them” among the choices, so plain sky counts as an airplane.\n"
+    note *= any(row.get("counted") == "ten-way" for row in rows)
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + note
 
 
 def as_csv(rows: list[dict]) -> str:

@@ -107,6 +107,15 @@ def finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=torch.float32).isfinite())       # one pass: NaN and infinity survive a sum
 
 
+def check_finite(tensor: Tensor, network: str, dtype) -> None:
+    """Raises UserError where a network gave NaN or infinity: what follows from it would mean nothing."""
+    if not tensor.isfinite().all():
+        what, advice = "NaN" if tensor.isnan().any() else "infinity", {
+            torch.float16: "try --dtype bfloat16 or float32", torch.bfloat16: "try --dtype float32"}
+        raise UserError(f"{network} gave {what} in {str(dtype).removeprefix('torch.')}: "
+                        + advice.get(dtype, "is the guidance too large, or the edit damaged?"))
+
+
 def check_tensors(what: str | Path, tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
     """Every tensor that is read passes here: of a name and shape in `shapes`, floating point, finite. Raises
     UserError naming the first that is not, and how many."""

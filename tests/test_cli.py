@@ -3,6 +3,7 @@ import ast
 import errno
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,6 +17,24 @@ from helpers import AIRPLANE, CLOSED, ENV, ROOT
 from plumbing import UserError
 from plumbing.cli import command_line, pick_device
 from plumbing.disk import whole_folder
+
+
+@pytest.mark.parametrize("env, shared, out, err", [
+    ({"RANK": "3", "WORLD_SIZE": "8"}, True, "0 1\n", "RANK and WORLD_SIZE are not torchrun's"),
+    ({"RANK": "", "WORLD_SIZE": ""}, True, "0 1\n", ""),
+    ({"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, True, "1 2\n", ""),
+    ({"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, False, "0 2\n", "one of 2 processes"),
+    ({"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, False, "", "")])
+def test_processes_are_torchruns_and_one_works_alone(monkeypatch, capsys, env, shared, out, err):
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    cli = runpy.run_path(str(ROOT / "plumbing/cli.py"))           # which reads them once
+    how = {"shared": True} if shared and "WORLD" in cli else {}
+    cli["command_line"](lambda: print(cli.get("RANK"), cli.get("WORLD")), **how)
+    printed, warned = capsys.readouterr()
+    assert printed == out and err in warned and warned.count("\n") == (err != "")
 
 
 def test_cuda_is_the_processs_own_gpu_and_mps_must_be_asked_for(monkeypatch):

@@ -28,6 +28,13 @@ def test_the_plot_puts_each_method_at_what_is_lost_and_what_comes_back():
     assert b == (right[20], pytest.approx((up[0] + up[100]) / 2, abs=0.1))           # 20 % lost, half back
 
 
+@pytest.mark.parametrize("program, flag", [
+    ("compare", "--choose"), ("compare", "--budget"), ("lora_rank", "--n"), ("lora_rank", "--steps"),
+    ("preview_worth", "--n"), ("preview_worth", "--classes")])
+def test_numbers_below_1_are_refused(refused, tmp_path, program, flag):
+    refused(f"experiments/{program}.py", flag, 0, cwd=tmp_path, match=f"{flag} must be at least 1")
+
+
 def test_every_method_is_made_by_its_own_script_and_only_once(tmp_path, monkeypatch):
     """By the programs themselves; only RealEra's training is cut short."""
     short = ["lora_steps=1", "trajectories=2", "batch=1"]

@@ -148,11 +148,15 @@ def test_compared_edits_share_a_table_and_nothing_is_drawn_twice(here, work, mon
         work / "out/evaluation/dog+dog-uce-2/metrics.json").read_bytes()
 
 
-def test_a_table_that_is_replaced_in_out_is_announced(here, work, tmp_path, monkeypatch, capsys):
+def test_a_table_of_another_command_in_out_is_not_replaced(here, refused, work, tmp_path, monkeypatch):
     monkeypatch.setattr(Model, "draw", grey)
-    for seed, warned in ((0, False), (0, False), (1, True)):
-        here("eval_clip.py", "--edit", work / "out/dog", "--n", 1, "--seed", seed, "--out", "o", cwd=tmp_path)
-        assert ("of another command, and is replaced" in capsys.readouterr().err) == warned
+    command = ["eval_clip.py", "--edit", work / "out/dog", "--n", 1, "--out", "o"]
+    here(*command, cwd=tmp_path)
+    before = (tmp_path / "o/metrics.json").read_bytes()
+    here(*command, cwd=tmp_path)
+    for other in (["--seed", 1], ["--steps", 3], ["--n", 2]):
+        refused(*command, *other, cwd=tmp_path, match="--out o has another command's table")
+    assert (tmp_path / "o/metrics.json").read_bytes() == before
 
 
 def test_a_long_name_is_cut_and_stays_its_own(tmp_path):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import run
+from helpers import no_drawing, run
 from plumbing import UserError, detectors
+from sample import Model
 
 DETECTOR = """
 def wide(folder):
@@ -22,6 +23,7 @@ def test_a_detector_of_ones_own_sees_just_the_pictures_of_this_run(teapot, tmp_p
     (tmp_path / "judges.py").write_text(DETECTOR)
     environment = {"PYTHONPATH": tmp_path}
     for prompt, steps in (("a photo of the cat", 2), ("a photo of the dog", 1), ("a photo of the dog", 2)):
+        (tmp_path / "out/metrics.json").unlink(missing_ok=True)   # else another table is not replaced
         (tmp_path / "mine.csv").write_text(f"prompt,seed\n{prompt},1\n{prompt},4\n")
         done = run("eval_clip.py", "--prompts", "mine.csv", "--edit", teapot, "--steps", steps,
                    "--out", "out", "--detector", "judges:wide", cwd=tmp_path, **environment)
@@ -31,9 +33,17 @@ def test_a_detector_of_ones_own_sees_just_the_pictures_of_this_run(teapot, tmp_p
                     for variant in ("untouched", "teapot")]
     assert (tmp_path / "out/detected.md").read_text() in done.stdout
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("nothing:here", "judges", "judges:narrow"):
+    for name in ("nothing:here", "judges", "judges:narrow", "json:decoder", ":", ".x:y"):
         refused("eval_clip.py", "--prompts", "mine.csv", "--detector", name, cwd=tmp_path,
                 match=f"{name}.*module:function")
+
+
+def test_nudenet_is_missed_before_anything_is_drawn(refused, tmp_path, monkeypatch):
+    (tmp_path / "mine.csv").write_text("prompt\na cat\n")
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    monkeypatch.setattr(Model, "draw", no_drawing)
+    refused("eval_clip.py", "--prompts", "mine.csv", "--detector", "nudenet", cwd=tmp_path,
+            match="pip install nudenet")
 
 
 class FakeNudeNet:

@@ -328,7 +328,8 @@ def test_killed_ten_times_the_same_command_ends_with_the_same_bytes(edit, evalua
                                         stderr=subprocess.DEVNULL)
 
     for i in range(10):
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        group = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(free_port())}
         kill_midway([start(RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
                     if i % 4 == 0 else [start()], out, chance)
         assert seen < lines_of(out)
@@ -358,6 +359,17 @@ def test_bad_input_ends_a_process_with_status_2_and_one_line(tmp_path):
     done = run("eval_clip.py", cwd=tmp_path, status=2)
     assert re.fullmatch(r"error: give --edit .*--prompts.*\n", done.stderr) and done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [
+    ["eval_clip.py", "--prompts", "mine.csv"], ["experiments/tables.py", "--sweep"],
+    ["experiments/attack.py", "--concept", "cat"]])
+def test_a_folder_of_other_things_is_left_alone(refused, tmp_path, monkeypatch, command):
+    (tmp_path / "mine.csv").write_text("prompt\na cat\n")
+    (tmp_path / "t/pictures/untouched").mkdir(parents=True)
+    (tmp_path / "t/pictures/untouched/holiday.png").write_text("precious")
+    monkeypatch.setattr(Model, "draw", no_drawing)
+    refused(*command, "--keep-pictures", "--out", "t", cwd=tmp_path, match="--out t holds other things")
 
 
 @pytest.mark.parametrize("args, match", [

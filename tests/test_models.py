@@ -1,4 +1,5 @@
 """A model's folder: its fingerprint, and what is downloaded from the hub."""
+import os
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,19 @@ def test_fingerprint_is_of_the_networks_only(tmp_path):
     assert fingerprint(tmp_path / "mini") == before
     save_file({"x": torch.ones(3)}, tmp_path / "mini/vae/diffusion_pytorch_model.safetensors")
     assert fingerprint(tmp_path / "mini") != before
+
+
+def test_fingerprint_sees_damage_in_the_middle_of_a_file(tmp_path):
+    file = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    file.parent.mkdir()
+    data = bytearray(5 * 2 ** 20)
+    file.write_bytes(data)
+    os.utime(file, (0, 0))                                        # some clocks tick every 10 ms only
+    before = fingerprint(tmp_path), fingerprint(file)
+    data[len(data) // 2] = 1
+    file.write_bytes(data)
+    after = fingerprint(tmp_path), fingerprint(file)
+    assert before[0] != after[0] and before[1] != after[1]
 
 
 # ---- the hub ----

@@ -1,12 +1,13 @@
 """PNG files, read back by Pillow."""
 import json
+import tracemalloc
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from plumbing.pictures import as_png, grid, pixels, write_png
+from plumbing.pictures import as_png, grid, pixels, write_png, write_sheet
 
 NOISE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 SAID = {"prompt": "a photo of the dog, café → 犬", "seed": 2 ** 61, "edit": "", "model": "mini",
@@ -53,6 +54,18 @@ def test_pixels_are_rounded_and_cut_off_at_0_and_1():
     picture = torch.tensor([-1, 0, 0.4 / 255, 0.6 / 255, 1, 2]).expand(1, 3, 2, 6)
     assert pixels(picture).shape == (1, 2, 6, 3)
     assert pixels(picture)[0, 0, :, 0].tolist() == [0, 0, 0, 1, 255, 255]
+
+
+def test_a_sheet_is_written_line_by_line(tmp_path):
+    """Its memory is that of its lines: 2,000 pictures are 57 MB of pixels, in one row or in many."""
+    pictures = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8).float()
+    for columns in (2000, 4):
+        tracemalloc.start()
+        write_sheet(tmp_path / "sheet.png", pictures.unflatten(0, (-1, columns)))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 8e6
+        assert PIL.Image.open(tmp_path / "sheet.png").size == (columns * 98 + 2, 2000 // columns * 98 + 2)
 
 
 def test_a_grid_is_read_row_by_row_and_has_white_between():

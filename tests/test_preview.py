@@ -4,10 +4,21 @@ import torch
 
 import erasing
 import realera
-from erasing import make_pairs
+from erasing import make_pairs, movement
 from helpers import AIRPLANE
 from plumbing.prompts import preserved_prompts
 from unet import UNet
+
+
+def test_prompts_are_read_in_parts_so_that_memory_stays():
+    asked = []
+
+    def text(prompts):
+        asked.append(len(prompts))
+        return torch.ones(len(prompts), 3, 4)
+
+    assert movement(2 * torch.eye(4).double(), ["x"] * 200, text) == [2] * 200
+    assert sum(asked) == 200 and max(asked) <= 64
 
 
 def test_preview_sorts_prompts_by_what_eq_7_does_to_them_without_a_unet(here, tmp_path, text, monkeypatch,

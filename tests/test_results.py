@@ -5,6 +5,7 @@ Nothing here rests on what mini/ draws, so its weights may change.
 import json
 import random
 import re
+import threading
 
 import pytest
 import torch
@@ -83,6 +84,10 @@ def test_of_a_picture_that_is_there_twice_the_first_counts(tmp_path, monkeypatch
     b'{"prompt": "a", "seed": 1, "feature": "AAA"}', b'{"prompt": "a", "seed": 1, "feature": "AAAA"}',
     b'{"prompt": "a", "seed": 1, "feature": "?"}',
     b'{"prompt": "a", "seed": 1, "feature": "%s"}' % (b"A" * 48),
+    b'{"prompt": "a", "seed": 1, "feature": "AH4AfgB+AH4AfgB+AH4Afg=="}',                # eight NaNs
+    b'{"prompt": 5, "seed": 1, "feature": "AAAAAAAAAAAAAAAAAAAAAA=="}',
+    pytest.param(b"[" * 100_000, id="deep"),
+    b'{"prompt": "a", "seed": Infinity, "feature": "AAAAAAAAAAAAAAAAAAAAAA=="}',
     b'{"prompt": "a", "seed": null, "feature": "AAAAAAAAAAAAAAAAAAAAAA=="}'])
 def test_damaged_lines_are_dropped_and_the_others_kept(tmp_path, capsys, line):
     results = Results(tmp_path, {}, 8)
@@ -121,6 +126,23 @@ def test_settled_results_are_one_sorted_file(tmp_path, monkeypatch):
     assert all(torch.equal(after.found[job], v.half().float()) for job, v in zip(JOBS, vectors(3)))
     after.settle()
     assert after.all.read_bytes() == content
+
+
+# ---- several processes ----
+
+def test_a_barrier_says_after_a_while_for_whom_it_waits(monkeypatch, capsys):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(results_module, "store", lambda: store, raising=False)
+    monkeypatch.setattr(results_module, "WORLD", 3)
+    monkeypatch.setattr(results_module, "PATIENCE", 0.05, raising=False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    store.add("barriers of 1", 1)
+    timer = threading.Timer(0.3, store.add, ["barriers of 2", 1])
+    timer.start()
+    results_module.barrier()
+    assert not timer.is_alive()
+    assert capsys.readouterr().err == "process 0 of 3 waits for process 2\n"
 
 
 # ---- evaluate ----
@@ -162,6 +184,14 @@ def test_features_hardly_depend_on_the_batch(tmp_path, model, clip):
     one, four = (evaluate(model, clip, FEW, tmp_path / str(n), steps=2, batch=n) for n in (1, 4))
     apart = max((one[job] - four[job]).norm().item() for job in FEW)
     assert apart <= 0.01 and (one[FEW[0]] - one[FEW[1]]).norm() > 3 * apart
+
+
+def test_a_picture_in_which_clip_sees_nan_is_not_kept(tmp_path, model, clip, monkeypatch):
+    width = clip.config.vision.hidden_size
+    monkeypatch.setattr(clip.vision_model, "forward", lambda x: torch.full((len(x), width), float("nan")))
+    with pytest.raises(UserError, match="CLIP gave NaN in float32"):
+        evaluate(model, clip, FEW[:1], tmp_path, steps=1)
+    assert not list(tmp_path.rglob("*.jsonl"))
 
 
 @pytest.mark.parametrize("jobs, batch", [(FEW, 0), (FEW, -1), ([("a", -1)], None), ([("a", 2 ** 63)], None)])

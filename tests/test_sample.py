@@ -197,6 +197,28 @@ def test_one_prompt_as_a_string_is_one_prompt(model):
         model.draw(["a cat", "a dog"], [0])
 
 
+@pytest.mark.parametrize("network, dtype, match", [
+    ("vae", torch.float16, "the VAE gave NaN in float16: try --dtype bfloat16 or float32"),
+    ("unet", torch.bfloat16, "the U-Net gave NaN in bfloat16: try --dtype float32"),
+    ("unet", torch.float32, "the U-Net gave NaN in float32: .*guidance")])
+def test_a_picture_of_nan_ends_the_run(model, monkeypatch, network, dtype, match):
+    def overflown(z, *_):
+        return torch.full_like(z, float("nan"))
+
+    monkeypatch.setattr(*((model.vae, "decode") if network == "vae" else (model.unet, "forward")), overflown)
+    monkeypatch.setattr(model, "dtype", dtype)
+    monkeypatch.setattr(model.unet, "read", lambda rows: rows)
+    if network == "vae":
+        monkeypatch.setattr(model.unet, "forward", lambda z, *_: torch.zeros_like(z))
+    with pytest.raises(UserError, match=match):
+        model.draw("a photo of the cat", [0], steps=1)
+
+
+@pytest.mark.parametrize("guidance", ["nan", "inf"])
+def test_guidance_is_a_number(refused, tmp_path, guidance):
+    refused("sample.py", "x", "--guidance", guidance, "--steps", 1, cwd=tmp_path, match="--guidance must be")
+
+
 def test_long_prompts_are_cut_with_a_warning_that_says_where(tmp_path):
     words = " ".join(["airplane"] * 40)
     done = run("sample.py", words + " zebra", "--n", 1, "--steps", 1, cwd=tmp_path)

@@ -26,6 +26,11 @@ def test_wilson_leaves_room_at_0_and_at_n_successes():
     assert wilson(1, 20) == pytest.approx((20 / (20 + Z ** 2), 1))
 
 
+def test_the_ten_way_count_is_explained_where_it_is_printed():
+    rows = [{"counted": "top-1", "Acc_e": [1.0, 0.0, 2.0]}, {"counted": "ten-way", "Acc_e": [1.0, 0.0, 2.0]}]
+    assert "plain sky counts as an airplane" in as_markdown(rows) and "sky" not in as_markdown(rows[:1])
+
+
 def mean_of(m):
     return m[""]
 

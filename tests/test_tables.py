@@ -146,6 +146,14 @@ def test_the_sweep_says_how_far_each_group_goes_along(monkeypatch):
     assert once["concept"] > once["synonyms"] > once["phrases"] and twice["drift"] > once["drift"] > 0
 
 
+def test_a_class_may_be_typed_in_capitals(here, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tables, "measure", fake_measure(asked))
+    (tmp_path / "o").mkdir()
+    here("experiments/tables.py", "--figure", 5, "--concept", "Airplane", "--out", "o", cwd=tmp_path)
+    assert {concept for concept, _, _ in asked} == {"airplane"}
+
+
 # ---- bad input ----
 
 @pytest.mark.parametrize("args", [["--table", "2"], ["--table", "one"], ["--figure", "4"], [],
