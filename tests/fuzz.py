@@ -2,6 +2,7 @@
 
     python tests/fuzz.py --seed 1 --n 900            # a line per input that misbehaves, counts per family
     python tests/fuzz.py --seed 1 --case 17          # one of them again, with all that it printed
+    python tests/fuzz.py --seed 1 --n 160 --quick    # the cases of tests/test_fuzz.py
 
 Each case is one command, run in this process, on a copy of a small random model in a folder of its own. It
 must end with status 0, or with 2, one line that begins with "error:" and nothing left behind. It must change
@@ -100,7 +101,7 @@ def good(cwd, script, *args):
 @contextlib.contextmanager
 def limited(size: int | None):
     """Memory: a few GiB more than now, so that a hungry input fails alone. Files: of `size` bytes at most."""
-    import resource                                               # not on Windows
+    import resource                                               # not on Windows; /proc is Linux
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     old = {kind: resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE)}
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, old[resource.RLIMIT_AS][1]))
@@ -161,22 +162,23 @@ def below(name: str, places: list[str]) -> bool:
 
 def judge(case, before, after, status, out, err, caught) -> str | None:
     """What is wrong with an outcome, or None."""
+    changed = sorted(name for name in before.keys() | after.keys()
+                     if before.get(name, 0) != after.get(name, 0))
+    left = f"; changed or left {', '.join(changed[:3])}" if changed else ""
     if isinstance(caught, Hang):
-        return f"hangs: more than {SECONDS} s"
+        return f"hangs: more than {SECONDS} s{left}"
     if caught:
         frames = [f for f in traceback.extract_tb(caught.__traceback__) if "site-packages" not in f.filename]
         last = next(f for f in reversed(frames) if "/lib/python" not in f.filename)
         where = f"{Path(last.filename).name}:{last.lineno}"
-        return f"traceback: {type(caught).__name__} at {where}: {' '.join(str(caught).split())[:150]}"
-    changed = sorted(name for name in before.keys() | after.keys()
-                     if before.get(name, 0) != after.get(name, 0))
+        return f"traceback: {type(caught).__name__} at {where}: {' '.join(str(caught).split())[:150]}{left}"
     errors = [line for line in err.splitlines() if re.match(r"(\S+\.py: )?error:", line)]
     if status not in (0, 2):
         return f"exit status {status}"
     if len(errors) != (status == 2):
         return f"exit status {status} and {len(errors)} lines that begin with error:"
     if status == 2 and changed:
-        return f"refused, but changed or left {', '.join(changed[:3])}"
+        return f"refused{left}"
     if lost := [name for name in changed if name in before and not below(name, case.replaces)]:
         return f"changed or removed {', '.join(lost[:3])}"
     if outside := [name for name in changed if not below(name, case.outs)]:
@@ -213,7 +215,8 @@ def run_case(base: Path, seed: int, i: int, quick: bool = False, loud: bool = Fa
             print(case.what, shlex.join(case.args), *outcome[1:3], sep="\n")
             traceback.print_exception(outcome[3])
     command = shlex.join(arg if len(arg) < 60 else f"{arg[:50]}… ({len(arg)})" for arg in case.args)
-    said = f"{family} | {case.what[:90]} | {command} | {wrong}  (--seed {seed} --case {i})"
+    again = f"--seed {seed} --case {i}{' --quick' * quick}"
+    said = f"{family} | {case.what[:90]} | {command} | {wrong}  ({again})"
     return family, wrong and said.replace(root, "…").encode(errors="backslashreplace").decode()
 
 
@@ -238,14 +241,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n", type=int, default=900, help="how many cases (default 900)")
     parser.add_argument("--case", type=int, help="only this one, with what it printed")
+    parser.add_argument("--quick", action="store_true", help="leave out the commands that take longest")
     args = parser.parse_args()
     begin = time.perf_counter()
     if args.case is None:
-        bad = fuzz(args.seed, args.n, say=lambda line: print(line, flush=True))
+        bad = fuzz(args.seed, args.n, args.quick, say=lambda line: print(line, flush=True))
         print(f"{len(bad)} of {args.n} misbehave, {time.perf_counter() - begin:.0f} s")
         sys.exit(len(bad) > args.n / 100)
     with tempfile.TemporaryDirectory() as root:
-        print(run_case(write_base(Path(root) / "work"), args.seed, args.case, loud=True)[1] or "as it should")
+        base = write_base(Path(root) / "work")
+        print(run_case(base, args.seed, args.case, args.quick, loud=True)[1] or "as it should")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def config(c: Case) -> None:
         c.mean(f"{where} has a key that no version knows", "accept")
     elif how == "missing":
         if where != "defaults.json":                              # SD's 512 pixels would be drawn
-            del values[key]
+            values.pop(key, None)
         c.mean(f"{where} lacks {key}", "either")
     else:
         values[key] = c.one("relu6", 5, [], {}, NAN) if key in names else c.one(ODD)

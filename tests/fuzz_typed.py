@@ -303,7 +303,8 @@ def strangers(c: Case) -> None:
         c.what = f"somebody's {place}"
         return c.run(name, *["--keep-pictures"] * ("pictures" in place))
     if how == "key":
-        key = c.one("../evil", "a/../../evil", "..", ".", "unet/../../evil", "", "x" * 300, "a\0b", str(c.work / "evil"))
+        key = c.one("../evil", "a/../../evil", "..", ".", "unet/../../evil", "", "x" * 300, "a\0b",
+                    str(c.work / "evil"))
         shutil.copytree(c.model / "scheduler", c.work / "evil")
         c.what, index[key] = f"model_index.json has {named(key)}", ["diffusers", "X"]
         c.outs = ["new/made"]                                     # with new/evil beside it
