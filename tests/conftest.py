@@ -13,9 +13,13 @@ from filelock import FileLock
 
 # Before anything imports the libraries: they read these once.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
-                  TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false",
-                  OMP_NUM_THREADS="1",                            # pytest.ini starts two workers
-                  CUDA_VISIBLE_DEVICES="")                        # bytes and tolerances are a CPU's
+                  TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+if any(arg.startswith(("--model", "--device")) for arg in sys.argv):
+    os.environ["OWN_MODEL"] = "1"                                 # for xdist's workers, which see no flag
+OWN_MODEL = "OWN_MODEL" in os.environ                             # test_parity.py alone: all threads and GPUs
+if not OWN_MODEL:
+    os.environ.update(OMP_NUM_THREADS="1",                        # pytest.ini starts two workers
+                      CUDA_VISIBLE_DEVICES="")                    # bytes and tolerances are a CPU's
 pytest.register_assert_rewrite("helpers")
 from safetensors.torch import load_file
 
@@ -28,6 +32,31 @@ from sample import Model, Text
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests at Stable Diffusion's full size")
+    parser.addoption("--model", help="only compare us with diffusers, on this folder: --model=FOLDER")
+    parser.addoption("--device", default="cpu", help="of that comparison: cpu (default), cuda, mps")
+
+
+def pytest_ignore_collect(collection_path):
+    """With a model of one's own, test_parity.py alone."""
+    others = collection_path.match("test_*.py") and collection_path.stem != "test_parity"
+    return True if OWN_MODEL and others else None
+
+
+ROWS = []                       # of the table of test_parity.py
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call":
+        ROWS.extend(row for name, row in report.user_properties if name == "parity")
+
+
+def pytest_terminal_summary(terminalreporter):
+    if OWN_MODEL and ROWS:
+        say = terminalreporter.write_line
+        say(f"\n{'':<32}{'difference':>12}{'tolerance':>12}{'s ours':>10}{'theirs':>10}")
+        for what, difference, tolerance, ours, theirs in ROWS:
+            mark = "" if difference <= tolerance else "  too large"
+            say(f"{what:<32}{difference:>12.1e}{tolerance:>12.1e}{ours:>10.2f}{theirs:>10.2f}{mark}")
 
 
 def pytest_configure(config):

@@ -29,7 +29,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Lines that are no command of ours.
 SHELL = ["git clone <this repository's address> realera", "cd realera", "pip install -r requirements.txt",
          "pip install -r requirements.txt --extra-index-url https://download.pytorch.org/whl/cpu",
-         "pip install safetensors tokenizers", "pip install -r requirements-test.txt", "python -m pytest"]
+         "pip install safetensors tokenizers", "pip install -r requirements-test.txt", "python -m pytest",
+         "python -m pytest --model=models/stable-diffusion-v1-4",
+         "python -m pytest --model=models/stable-diffusion-v1-4 --device=cuda"]
 # What a command must contain to be left out here, and why. Its flags are checked against its --help.
 LEFT_OUT = {"CompVis/stable-diffusion-v1-4": "needs the weights of SD v1.4",
             "cifar-10-batches-bin": "needs CIFAR-10, and hours",
