@@ -31,8 +31,9 @@ class SchedulerConfig:
 
 
 SUPPORTED = {"prediction_type": ("epsilon",), "timestep_spacing": ("leading", "linspace"),
-             "trained_betas": (None,), "beta_schedule": ("scaled_linear", "linear"), "skip_prk_steps": (True,),
-             "clip_sample": (False,), "thresholding": (False,), "rescale_betas_zero_snr": (False,)}
+             "trained_betas": (None,), "beta_schedule": ("scaled_linear", "linear"),
+             "skip_prk_steps": (True,), "clip_sample": (False,), "thresholding": (False,),
+             "rescale_betas_zero_snr": (False,)}
 
 
 class Scheduler:
@@ -49,7 +50,7 @@ class Scheduler:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Scheduler":
         config = read_config(Path(folder), SchedulerConfig, SUPPORTED, file="scheduler_config.json")
-        if config.timestep_spacing != "leading":                  # of DPM++, Euler, Heun, UniPC, … in diffusers
+        if config.timestep_spacing != "leading":                  # of DPM++, Euler, Heun, UniPC, …
             print(f"warning: {folder} asks for another sampler, with timestep_spacing = "
                   f"{config.timestep_spacing!r}; our own DDIM draws, with 'leading'", file=sys.stderr)
         return cls(config)

@@ -45,14 +45,15 @@ class Text:
 
     def __init__(self, model: str | Path, device="cpu", clip_skip: int = 0):
         folder = model_folder(str(model))
+        words = tokenizer_folder(folder)
         self.encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", device=device)
         config, layers = self.encoder.config, self.encoder.encoder.layers
-        self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder), config.max_position_embeddings)
+        self.tokenizer = CLIPTokenizer.from_pretrained(words, config.max_position_embeddings)
         if self.tokenizer.size != config.vocab_size:
-            raise UserError(f"{folder}: the text encoder has rows for {config.vocab_size} tokens, the tokenizer "
-                            f"{self.tokenizer.size}: one lacks words that were added to the other")
+            raise UserError(f"{folder}: the text encoder has rows for {config.vocab_size} tokens, the "
+                            f"tokenizer {self.tokenizer.size}: one lacks words that were added to the other")
         if not 0 <= clip_skip < len(layers):
-            raise UserError(f"clip skip must lie in 0 … {len(layers) - 1} for this text encoder, not {clip_skip}")
+            raise UserError(f"clip skip must lie in 0 … {len(layers) - 1} for {folder}, not {clip_skip}")
         del layers[len(layers) - clip_skip:]
 
     @torch.no_grad()
@@ -74,7 +75,8 @@ class Model:
     """
 
     def __init__(self, model: str | Path, device="cpu", dtype=torch.float32, text: Text | None = None,
-                 clip_skip: int = 0, vae: str | Path | None = None, size: int | tuple[int, int] | None = None):
+                 clip_skip: int = 0, vae: str | Path | None = None,
+                 size: int | tuple[int, int] | None = None):
         folder = model_folder(str(model))
         self.folder, self.device, self.dtype = folder, torch.device(device), dtype
         self.text = text or Text(folder, device, clip_skip)
@@ -244,7 +246,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's; SD 7.5)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="ddim (default) or pndm")
     parser.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
-    parser.add_argument("--size", type=sides, metavar="WxH", help="of a picture in pixels (default: the model's)")
+    parser.add_argument("--size", type=sides, metavar="WxH", help="in pixels (default: the model's)")
     parser.add_argument("--clip-skip", type=int, default=0, metavar="N",
                         help="leave out the text encoder's last N layers; a web UI's “clip skip 2” is 1 here")
     parser.add_argument("--vae", metavar="FOLDER|FILE", help="another VAE than the model's")

@@ -61,18 +61,14 @@ def full_size(part: str):
 
 
 def make_full_size(folder: Path) -> None:
-    """Write a model folder of SD v1.4's size; tokenizer and scheduler are mini's, with 77 tokens."""
+    """Write a model folder of SD v1.4's size; scheduler, tokenizer and vocabulary are mini's, 77 tokens."""
     import diffusers
     parts = {part: full_size(part) for part in ("text_encoder", "unet", "vae")}
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(MINI, **parts)
     pipe.tokenizer.model_max_length = 77
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
     with whole_folder(folder) as new:
         pipe.save_pretrained(new)
-        path = new / "tokenizer/tokenizer.json"                   # as many tokens as SD has: mini's, and signs
-        whole = json.loads(path.read_text("utf-8"))
-        more = range(len(pipe.tokenizer), CLIPTextConfig.vocab_size)
-        whole["model"]["vocab"] |= {chr(0x20000 + i): i for i in more}
-        path.write_text(json.dumps(whole), "utf-8")
 
 
 def measured(run: Callable, device: torch.device) -> tuple[float, float | None]:

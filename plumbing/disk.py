@@ -51,7 +51,7 @@ def write_json(path: str | Path, value, **how) -> None:
 
 @contextlib.contextmanager
 def readable(path: str | Path):
-    """Turn errors about a damaged or missing file of weights, or one that cannot be mapped, into a UserError."""
+    """Turn errors about weights that are damaged, missing or cannot be mapped into a UserError."""
     try:
         yield
     except (SafetensorError, OSError, MemoryError, RuntimeError, ValueError, KeyError,

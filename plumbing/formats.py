@@ -108,23 +108,18 @@ def low_rank(W0: dict[str, Tensor], W: dict[str, Tensor], rank: int) -> tuple[di
     return factors, (missed / moved) ** 0.5
 
 
-def lora_files(folder: Path, name: str, rank: int) -> dict[str, Path]:
-    """Where the LoRA of the edit `name` goes, for web UIs and for diffusers. Raises UserError if rank < 1 or
-    one of the files exists."""
-    if rank < 1:
-        raise UserError(f"the LoRA's rank must be at least 1, not {rank}")
-    paths = {who: folder / f"{name}-rank{rank}-{who}.safetensors" for who in ("webui", "diffusers")}
-    for path in paths.values():
-        refuse_existing(path, "move it away first")
-    return paths
-
-
 def write_lora(folder: Path, name: str, W0: dict[str, Tensor], W: dict[str, Tensor], rank: int,
                about: dict) -> float:
     """Write <name>-rank<r>-webui.safetensors, in kohya's spelling, and <name>-rank<r>-diffusers.safetensors,
-    of which web UIs load nothing. Print and return the relative error. Raises UserError like `lora_files`."""
-    paths, (factors, error) = lora_files(folder, name, rank), low_rank(W0, W, rank)
+    of which web UIs load nothing. Print and return the relative error. Raises UserError if rank < 1 or one of
+    them exists."""
+    if rank < 1:
+        raise UserError(f"the LoRA's rank must be at least 1, not {rank}")
     tensors = {"webui": {}, "diffusers": {}}
+    paths = {who: folder / f"{name}-rank{rank}-{who}.safetensors" for who in tensors}
+    for path in paths.values():
+        refuse_existing(path, "move it away first")
+    factors, error = low_rank(W0, W, rank)
     for layer, (B, A) in factors.items():
         layer = layer.removesuffix(".weight")
         tensors["diffusers"] |= {f"unet.{layer}.lora_A.weight": A, f"unet.{layer}.lora_B.weight": B}
@@ -132,9 +127,10 @@ def write_lora(folder: Path, name: str, W0: dict[str, Tensor], W: dict[str, Tens
         # no alpha: everybody takes its absence for scale 1, and diffusers misreads it where ranks differ
         tensors["webui"] |= {f"{layer}.lora_down.weight": A, f"{layer}.lora_up.weight": B}
     folder.mkdir(exist_ok=True)
+    about = {"edit": json.dumps(about | {"LoRA rank": rank, "error": error})}
     for who, path in paths.items():
         with whole(path) as temporary:
-            save_file(tensors[who], temporary, {"edit": json.dumps(about | {"LoRA rank": rank, "error": error})})
+            save_file(tensors[who], temporary, about)
     print(f"LoRA of rank {rank}: relative error {error:.2g}\n"
           f"  {paths['webui'].name}: for web UIs (ComfyUI, A1111) and kohya's scripts\n"
           f"  {paths['diffusers'].name}: for diffusers' load_lora_weights; a web UI loads nothing of it and "

@@ -43,8 +43,8 @@ def model_folder(name: str, flag: str = "--model") -> Path:
         raise UserError(f"{flag} {name}: no such folder here, and as a hub id it could not be downloaded "
                         f"({why}); give the folder of a model that you have") from None
     if lost := lacking(folder):
-        raise UserError(f"{flag} {name}: {folder} is incomplete, as it lacks {lost}. Run it again with a network "
-                        "to download the rest, if the repository has it in safetensors")
+        raise UserError(f"{flag} {name}: {folder} is incomplete, as it lacks {lost}. Run it again with a "
+                        "network to download the rest, if the repository has it in safetensors")
     return folder
 
 

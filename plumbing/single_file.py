@@ -11,9 +11,9 @@ from torch import Tensor
 PARTS = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
          "text_encoder": "cond_stage_model.transformer."}         # the text encoder's names are today's
 
-# What lies among the networks' tensors without being theirs: leftovers of training. What begins like no network
-# is not looked at: the noise schedule, the U-Net's running mean (EMA), LoRAs and embeddings merged long ago, …
-# Releases that are made for drawing hold that mean in the U-Net's place.
+# What lies among the networks' tensors without being theirs. Keys that begin like no network are not looked
+# at either: the noise schedule, leftovers of training, the U-Net's running mean (EMA), which releases that
+# are made for drawing hold in the U-Net's place.
 IGNORED = ("loss.", "model_ema.", "text_projection", "logit_scale")
 OTHERS = {"cond_stage_model.model.": "Stable Diffusion 2: give it as a folder in the diffusers layout",
           "conditioner.embedders.": "SDXL, which is not supported",

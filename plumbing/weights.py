@@ -22,8 +22,8 @@ def read_config(folder: Path, config_class, supported: dict, file: str = "config
     outside `supported` (key -> the tuple of what the network implements), of another type, or outside what
     its field's type can mean here is an error that names it: no size or scale is 0, negative or gigantic."""
     path = beside(folder / file)
-    # a single file is SD v1; in a DPM++ scheduler's file lambda_min_clipped, which we do not read, is -Infinity
-    values = read_json(path, infinite=True) if path.exists() or path == folder / file else {}
+    there = path.exists() or path == folder / file                # a single file is SD v1
+    values = read_json(path, infinite=True) if there else {}      # DPM++: lambda_min_clipped is -Infinity
     values = values.get(section, {}) if section else values
     if not isinstance(values, dict):
         raise UserError(f"{path}: {section} should be a JSON object")

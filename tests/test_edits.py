@@ -34,8 +34,8 @@ def test_a_folder_without_weights_is_not_drawn_as_if_untouched(refused, tmp_path
     about = {"method": "SLD", "base_hash": base_hash(cross_attention(MINI)), "concepts": ["dog"],
              "anchors": ["sky"], "task": "object"}
     (tmp_path / "sampled/run.json").write_text(json.dumps(about))
-    for script, *args in (["sample.py", "a dog", "--n", 1, "--steps", 1], ["eval_clip.py", "--n", 1, "--quick"],
-                          ["tools/export.py", "--folder", "sd"]):
+    for script, *args in (["sample.py", "a dog", "--n", 1, "--steps", 1],
+                          ["eval_clip.py", "--n", 1, "--quick"], ["tools/export.py", "--folder", "sd"]):
         refused(script, *args, "--edit", "sampled", cwd=tmp_path, match="--edit sampled is of a method that")
 
 

@@ -153,8 +153,8 @@ def test_the_real_cache_without_network(sd1, tmp_path, monkeypatch):
     assert base_hash(cross_attention(model_folder("someone/small"))) == base_hash(cross_attention(sd1[0]))
 
 
-@pytest.mark.parametrize("lost", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
-                                  "scheduler", "tokenizer"])
+@pytest.mark.parametrize("lost", ["unet/diffusion_pytorch_model.safetensors", "scheduler", "tokenizer",
+                                  "text_encoder/model.safetensors"])
 def test_a_partial_cache_is_called_incomplete(sd1, tmp_path, monkeypatch, lost):
     """The library answers with the folder, whatever it holds, if there is no network."""
     repository, commit = tmp_path / "models--someone--small", "0123456789abcdef0123456789abcdef01234567"

@@ -121,7 +121,8 @@ def test_negative_prompt_clip_skip_and_size_equal_diffusers(sd1, skip, size):
     noise = ours.noise([3])
     assert noise.shape[2:] == (size[1] // 8, size[0] // 8)
     expected = pipe(PROMPT[0], negative_prompt_embeds=negative, latents=noise, num_inference_steps=4,
-                    guidance_scale=3.0, clip_skip=skip, width=size[0], height=size[1], output_type="pt").images
+                    guidance_scale=3.0, clip_skip=skip, width=size[0], height=size[1],
+                    output_type="pt").images
     drawn = ours.draw(PROMPT, [3], steps=4, guidance=3.0, negative="a photo of the sky")
     assert drawn.shape == expected.shape == (1, 3, size[1], size[0])
     assert (drawn - expected.float()).abs().max() <= 1 / 255
@@ -153,11 +154,11 @@ def test_another_vae_from_a_folder_a_model_or_a_file(sd1, tmp_path, here):
         vae = Model(folder, vae=tmp_path / place).vae
         assert all(torch.equal(vae.state_dict()[key], wanted[key]) for key in wanted), place
     assert torch.allclose(vae.decode(torch.zeros(1, 4, 4, 4)), before + 0.5, atol=1e-5)
-    here("sample.py", "a cat", "--model", folder, "--vae", "today.safetensors", "--size", "40x64", "--steps", 1,
-         "--n", 2, "--negative", "red", "--clip-skip", 1, "--out", "x.png", cwd=tmp_path)
-    said = PIL.Image.open(tmp_path / "x.png").text["settings"]
-    assert json.loads(said) == {"steps": 1, "guidance": 3.0, "sampler": "ddim", "dtype": "float32",
-                                "negative": "red", "size": [40, 64], "clip_skip": 1, "vae": "today.safetensors"}
+    here("sample.py", "a cat", "--model", folder, "--vae", "today.safetensors", "--size", "40x64",
+         "--steps", 1, "--n", 2, "--negative", "red", "--clip-skip", 1, "--out", "x.png", cwd=tmp_path)
+    said = json.loads(PIL.Image.open(tmp_path / "x.png").text["settings"])
+    assert said == {"steps": 1, "guidance": 3.0, "sampler": "ddim", "dtype": "float32", "negative": "red",
+                    "size": [40, 64], "clip_skip": 1, "vae": "today.safetensors"}
 
 
 def test_a_name_that_appears_while_it_draws_is_not_overwritten(here, tmp_path, monkeypatch, capsys):

@@ -79,7 +79,8 @@ def test_every_script_takes_a_single_file(sd1, here, monkeypatch, tmp_path):
 def test_an_edit_is_refused_for_another_single_file(sd1, tmp_path):
     folder, file = sd1
     W0 = cross_attention(folder)
-    write_edit(tmp_path, W0, {"concepts": ["x"], "anchors": ["y"], "task": "object", "base_hash": base_hash({name: 1.01 * matrix for name, matrix in W0.items()})})
+    write_edit(tmp_path, W0, {"concepts": ["x"], "anchors": ["y"], "task": "object",
+                              "base_hash": base_hash({name: 1.01 * matrix for name, matrix in W0.items()})})
     with pytest.raises(UserError, match="another model"):
         read_edit(tmp_path, file)
 

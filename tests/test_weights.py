@@ -131,7 +131,8 @@ def test_an_index_names_files_beside_it_alone(name, unet_folder):
 
 @pytest.mark.parametrize("error, match", [
     (OSError("No such device (os error 19)"), "cannot map files: copy it to a local disk"),
-    (OSError("The paging file is too small for this operation to complete. (os error 1455)"), "enough memory"),
+    (OSError("The paging file is too small for this operation to complete. (os error 1455)"),
+     "not enough memory"),
     (RuntimeError("unable to mmap 438 bytes from file <x>: Cannot allocate memory (12)"), "enough memory"),
     (MemoryError(), "not enough memory")], ids=str)
 def test_why_weights_cannot_be_mapped(error, match, unet_folder, monkeypatch):

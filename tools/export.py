@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--model", default=MINI, help="the untouched one: folder or hub id (default: mini)")
     parser.add_argument("--folder", type=Path, help="write a whole pipeline folder; must not exist")
     parser.add_argument("--link", action="store_true",
-                        help="with --folder: hard links in place of copies of VAE and text encoder, which saves "
-                             "space; but a program that overwrites them there overwrites the model's own")
+                        help="with --folder: hard links in place of copies of VAE and text encoder: saves "
+                             "space, but a program that overwrites them there overwrites the model's own")
     parser.add_argument("--lora", type=int, metavar="RANK",
                         help="write LoRAs of this rank into the edit folder, for web UIs and for diffusers")
     args = parser.parse_args()
