@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--detector", help="nudenet, or module:function: another judge, of the PNGs")
     args = measuring_args(parser)
     if not args.edit and not args.prompts:
-        raise UserError("give --edit out/NAME, --prompts FILE.csv, or both")
+        parser.error("give --edit out/NAME, --prompts FILE.csv, or both")
     detect = find_detector(args.detector) if args.detector else None
     device, folder, labels = pick_device(args.device), model_folder(args.model), edit_labels(args.edit)
     erased, csv_rows = [], []
