@@ -38,13 +38,14 @@ from eval_clip import CLIP
 from lora import lora_off
 from plumbing import UserError
 from plumbing.cli import (DTYPES, Clock, NoFlags, check_export, command_line, erasing_args, lines_of,
-                          pick_device, program, slug)
+                          pick_device, program, settings_of, slug)
 from plumbing.disk import whole_folder
-from plumbing.edits import base_hash, cross_attention, original, text_hash, write_edit, write_report
+from plumbing.edits import (base_hash, change, check_edit, cross_attention, gram, original, text_hash,
+                            write_edit, write_report)
 from plumbing.formats import export_pipeline, write_lora
 from plumbing.models import model_folder, model_name
-from plumbing.prompts import (TASKS, UNRELATED, anchor_of, book, names_to_choose, preserved_prompts,
-                              prompts_to_watch)
+from plumbing.prompts import (TASKS, UNRELATED, anchor_of, book, doubts, names_to_choose, preserved_prompts,
+                              same_word, watch_all)
 from plumbing.weights import put_weights
 from sample import Model, Text, write_sheets
 
@@ -74,20 +75,23 @@ class Pair:
         return context
 
 
-def make_pairs(concepts: list[str], anchors: list[str] | None, task: str, text, rows: str, seed: int):
-    """A list of Pair. `rows`: tail = the last concept token and all after it; token = that token alone.
+def make_pairs(concepts, anchors, task: str, text, rows: str, seed: int) -> list[Pair]:
+    """A Pair for each concept and its anchor: two lists, or two strings. An anchor None is the book's own, or
+    the task's. `rows`: tail = the last concept token and all after it; token = that token alone.
 
     The pairs come sorted, each with a seed of its own, so the order in which they were given is moot. Blocks
     are aligned at their first row; the longer one loses its end. Raises UserError for what cannot be erased.
     """
     template = TASKS[task][0]
+    concepts, anchors = ([x] if isinstance(x, str) else x for x in (concepts, anchors))
     concepts = [" ".join(concept.lower().split()) for concept in concepts]           # CLIP reads no capitals
-    anchors = anchors or [anchor_of(concept, task) for concept in concepts]
-    anchors = [" ".join(anchor.lower().split()) for anchor in anchors]
     if not all(concepts):
         raise UserError("--concept is empty")
+    anchors = anchors or [None] * len(concepts)
     if len(concepts) != len(anchors):
         raise UserError(f"{len(concepts)} concepts but {len(anchors)} anchors: each --concept needs one")
+    anchors = [anchor_of(c, task) if anchor is None else anchor for c, anchor in zip(concepts, anchors)]
+    anchors = [" ".join(anchor.lower().split()) for anchor in anchors]
     if len(set(concepts)) < len(concepts):
         raise UserError("a concept is given twice")
     pairs = []
@@ -112,18 +116,20 @@ class Job:
     Given: pairs, text, W0 (the model's cross-attention matrices by name, as in its file), model (read when
     first used), model_folder, device, dtype, task, seed, args (all flags, the method's own too), folder (the
     edit's, being written), preview (True: only the change of text is wanted, so training can be left out);
-    clock("part") notes the seconds since the last part.
-    To fill: about (goes into the edit's metadata), report (into run.json), drawing (see above), later
-    (functions that draw: they are called once the edit is written).
+    clock("part") notes the seconds since the last part. To fill: about (goes into the edit's metadata), report
+    (into run.json), drawing (see above), later (functions that draw, called once the edit is written), larger
+    (which settings a warning says to raise, {"ridge": if the solution is delicate, "stay": if others move}).
     """
 
-    def __init__(self, model: Path, concepts: list[str], anchors: list[str] | None = None,
-                 task: str = "object", seed: int = 0, rows: str = "tail", device="cpu", dtype=torch.float32):
+    def __init__(self, model: Path, concepts, anchors=None, task: str = "object", seed: int = 0,
+                 rows: str = "tail", device="cpu", dtype=torch.float32):
         self.model_folder, self.task, self.seed, self.device, self.dtype = model, task, seed, device, dtype
         self.clock, self.text, self.folder, self.preview = Clock(), Text(model), None, False
         self.args = NoFlags(no_pictures=True)
         self.pairs = make_pairs(concepts, anchors, task, self.text, rows, seed)
-        self.about, self.report, self.drawing, self.later = {}, {}, {}, []
+        self.about, self.report, self.drawing, self.later, self.larger = {}, {}, {}, [], {}
+        for doubt in doubts(self.pairs, model, self.text.tokenizer.count):
+            print(f"warning: {doubt}", file=sys.stderr)
 
     @cached_property
     def W0(self) -> dict[str, Tensor]:
@@ -151,9 +157,12 @@ class Job:
             numbers |= drifts(text_change(self.W0, W), self.pairs, self.text)
         print(f"{what}: " + ", ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
         limits = {"cond": 1e10, "‖ΔW‖": 10, "drift": 0.5, "median": 0.5}             # by how a name begins
-        if any(numbers[name] > most for begin, most in limits.items() for name in numbers
-               if name.startswith(begin)):
-            print("warning: this moves far more than the concept; try a larger ridge", file=sys.stderr)
+        absurd = {begin for begin in limits for name in numbers
+                  if name.startswith(begin) and numbers[name] > limits[begin]}
+        if absurd:
+            cure = self.larger.get("ridge" if absurd & {"cond", "‖ΔW‖"} else "stay", "weight of what stays")
+            print(f"warning: this moves far more than the concept; try a larger {cure}"
+                  + ", or fewer concepts" * (len(self.pairs) > 1), file=sys.stderr)
         self.report["numbers"] = numbers
 
 
@@ -162,17 +171,6 @@ class Job:
 def edited(W0: dict[str, Tensor], delta: Tensor) -> dict[str, Tensor]:
     """W = W₀ + W₀ Δ for every matrix, in float32: only the solve needs more."""
     return {name: W.float() + W.float() @ delta.float() for name, W in W0.items()}
-
-
-def change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> float:
-    """‖ΔW‖/‖W₀‖ over all matrices of W together."""
-    moved = sum((W[name].double() - W0[name].double()).square().sum() for name in W)
-    return (moved / sum(W0[name].double().square().sum() for name in W)).sqrt().item()
-
-
-def gram(W: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
-    """Σ WᵀV over all cross-attention matrices [out, D] -> [D, D], float64."""
-    return sum(W[name].double().T @ V[name].double() for name in W)
 
 
 def text_change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> Tensor:
@@ -196,7 +194,7 @@ def drifts(delta: Tensor, pairs: list[Pair], text) -> dict[str, float]:
     classes = book()["classes"]
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
     named |= {word for name in named & classes.keys() for word in classes[name]["synonyms"]}
-    nouns = [noun for noun in UNRELATED if noun not in named]
+    nouns = [noun for noun in UNRELATED if not any(same_word(noun, word) for word in named)]
     moved = movement(delta, ["", *(f"a photo of the {noun}" for noun in nouns)], text)
     return {'drift of ""': moved[0], "median drift of unrelated prompts": statistics.median(moved[1:])}
 
@@ -211,7 +209,7 @@ def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
     """Draw with the original and with the edit, n pictures a prompt, from the same seeds, and write
     before_after.png, and .svg with labels, into the job's folder: a row per prompt, left before, right after.
     Returns a row per prompt; with what CLIP sees, and prints it, if the model's folder has one."""
-    watched = list(dict.fromkeys(row for pair in job.pairs for row in prompts_to_watch(pair.concept)))
+    watched, template = watch_all(job.pairs, job.task), TASKS[job.task][0]
     prompts, seeds = [prompt for _, prompt in watched], [job.seed + i for i in range(n)]
     model, drawn = job.model, {}
     for when, weights, how in (("before", original(job.model_folder, W), {}), ("after", W, job.drawing)):
@@ -220,11 +218,11 @@ def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
             drawn[when] = model.draw([p for p in prompts for _ in seeds], seeds * len(prompts), **how)
     table = [{"prompt": prompt, "wanted": wanted} for wanted, prompt in watched]
     if (model.folder / "clip").is_dir():
-        clip, names = CLIP.from_pretrained(model.folder / "clip"), names_to_choose(job.pairs)
+        clip, names = CLIP.from_pretrained(model.folder / "clip"), names_to_choose(job.pairs, job.task)
         print(f"\nCLIP's first choice of {len(names)} names, {n} pictures a prompt")
         print(f"{'prompt':<28}{'before':<32}after")
         for when, pictures in drawn.items():
-            said = clip.classify(pictures, [f"a photo of the {name}" for name in names]).argmax(1).view(-1, n)
+            said = clip.classify(pictures, [template.format(name) for name in names]).argmax(1).view(-1, n)
             for row, guesses in zip(table, said):
                 most = guesses.mode().values
                 row[when] = {"right": (guesses == names.index(row["wanted"])).sum().item(),
@@ -271,7 +269,8 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
         job.args, job.preview = args, bool(prompts)
         job.clock("text")
         if prompts:
-            return preview(text_change(job.W0, erase(job, s)), prompts, job.text)
+            W = check_edit(erase(job, s), folder)
+            return preview(text_change(job.W0, W), prompts, job.text)
         for pair in job.pairs:
             print(f"{pair.concept} → {pair.anchor or 'nothing'}: {pair.n} of {len(pair.e)} rows")
         with whole_folder(args.out, args.overwrite) as job.folder:
@@ -297,12 +296,12 @@ def erase_with(method, model: Model, concept: str, anchor: str | None = None, ta
     """From Python: erase with a method's module and settings. Returns the edited tensors, as its command
     writes them, and what it found. `model` stays as it is; `model.put(W)` lets it draw with W. anchor: None
     is the class's own in the book, or the task's. Raises UserError for what cannot be erased."""
-    s = method.Settings(**settings)
-    job = Job(model.folder, [concept], None if anchor is None else [anchor], task, seed,
-              getattr(s, "rows", "tail"), model.device, model.dtype)
+    s = settings_of(method.Settings, settings)
+    job = Job(model.folder, concept, anchor, task, seed, getattr(s, "rows", "tail"), model.device,
+              model.dtype)
     with tempfile.TemporaryDirectory() as folder:                 # of what the command writes besides W
         job.folder = Path(folder)
-        W = method.erase(job, s)
+        W = check_edit(method.erase(job, s), job.model_folder)
     if W and "numbers" not in job.report:
         job.say("edit", W)
     W0 = original(job.model_folder, W)
@@ -312,7 +311,7 @@ def erase_with(method, model: Model, concept: str, anchor: str | None = None, ta
 def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor], dict]:
     """Write the edit, each tensor in the dtype of the model's file, its LoRA if asked, and run.json. Returns
     the tensors as written, and what an edit says of itself."""
-    args, W0 = job.args, original(job.model_folder, W)
+    args, W0 = job.args, original(job.model_folder, check_edit(W, job.model_folder))
     about |= job.about | {"concepts": [pair.concept for pair in job.pairs],
                           "anchors": [pair.anchor for pair in job.pairs], "task": job.task, "seed": job.seed,
                           "model": model_name(args.model), "base_hash": base_hash(job.W0),

@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--detector", help="nudenet, or module:function: another judge, of the PNGs")
     args = measuring_args(parser)
     if not args.prompts and (not args.edit or args.group or args.choose_from):
-        raise UserError("give --edit out/NAME, --prompts FILE.csv (--group, --choose-from need it), or both")
+        parser.error("give --edit out/NAME, --prompts FILE.csv (--group, --choose-from need it), or both")
     detect = find_detector(args.detector) if args.detector else None
     device, folder, labels = pick_device(args.device), model_folder(args.model), edit_labels(args.edit)
     erased, csv_rows = [], []

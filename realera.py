@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -91,9 +91,7 @@ def between(low: float, high: float, what: str, generator: torch.Generator) -> f
 
 def neighbor_concepts(e: Tensor, e_star: Tensor, s: Settings, generator) -> tuple[Tensor, Tensor]:
     """M neighbors of the concept, and where to map them: e, e_star [n, D] -> [M, n, D], [M, n, D].
-
-    Algorithm 1, lines 4–12. Raises UserError if D1, S1, S2 leave no room.
-    """
+    Algorithm 1, lines 4–12. Raises UserError if D1, S1, S2 leave no room."""
     near, near_star = e.repeat(s.M, 1, 1), e_star.repeat(s.M, 1, 1)
     for i in range(s.M):
         v_hat, size = towards_noise(e, generator), e.norm().item()
@@ -111,9 +109,7 @@ def neighbor_concepts(e: Tensor, e_star: Tensor, s: Settings, generator) -> tupl
 
 def beyond_concepts(e: Tensor, s: Settings, generator: torch.Generator) -> Tensor:
     """N points outside the neighborhood, to be left where they are: e [n, D] -> [N, n, D].
-
-    Algorithm 1, lines 13–22; its line 21 would stop after one draw, which we take for a slip.
-    """
+    Algorithm 1, lines 13–22; its line 21 would stop after one draw, which we take for a slip."""
     far = e.repeat(s.N, 1, 1)
     for i in range(s.N):
         v_hat, size = towards_noise(e, generator), e.norm().item()
@@ -124,21 +120,23 @@ def beyond_concepts(e: Tensor, s: Settings, generator: torch.Generator) -> Tenso
 
 # -------------------------------------------------------------------------- closed form, Eq. 7
 
-def closed_form(E: Tensor, E_star: Tensor, P: Tensor, lambda1: float, lambda2: float) -> tuple[Tensor, float]:
-    """The edit Δ [D, D] with W = W₀ (I + Δ), and B's condition number (1-norm). E, E_star [m, D], P [p, D].
+def closed_form(parts: Iterable[tuple], lambda1: float, lambda2: float) -> tuple[Tensor, float]:
+    """The edit Δ [D, D] with W = W₀ (I + Δ), and B's condition number (1-norm). parts: E, E_star [m, D] and P
+    [p, D] of each concept. Only their sums are kept: at SD's size the rows of 100 concepts fill 10 GB.
 
     Every target is W₀ times something, so one right factor solves it for every W₀: with a ridge λ2 ‖W − W₀‖²
     the gradient is 0 where W B = W₀ (Σ e* eᵀ + λ1 Σ p pᵀ + λ2 I). λ2 is `lambda2` times the mean of B's
-    diagonal. Raises UserError if it is 0 and the rows do not span all D dimensions.
-    """
-    E, E_star, P = E.double(), E_star.double(), P.double()        # squares of fp32 rows need more than fp32
-    B = E.T @ E + lambda1 * P.T @ P                               # [D, D]
+    diagonal. Raises UserError if it is 0 and the rows do not span all D dimensions."""
+    B = C = 0
+    for E, E_star, P in parts:
+        E, E_star, P = E.double(), E_star.double(), P.double()    # squares of fp32 rows need more than fp32
+        B, C = B + (E.T @ E + lambda1 * P.T @ P), C + E.T @ (E_star - E)             # [D, D]
     B += lambda2 * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype)
     cond = torch.linalg.cond(B, 1).item()                         # the 2-norm's would cost all eigenvalues
     if not cond < 1e14:
         raise UserError("the closed form has no unique solution: too few rows; raise the ridge (lambda2, l1)")
     # Eq. (7): Δ = Σ (e* − e) eᵀ · B⁻¹
-    return torch.cholesky_solve(E.T @ (E_star - E), torch.linalg.cholesky(B)).T, cond
+    return torch.cholesky_solve(C, torch.linalg.cholesky(B)).T, cond
 
 
 # -------------------------------------------------------------------------- noise alignment, Eqs. 8, 9
@@ -149,8 +147,7 @@ def noise_alignment_loss(eps: Callable, z: Tensor, t: Tensor, target: Tensor, c:
     differentiated, and its graph freed, before the next is computed. z [B, 4, h, w], c [B, T, D].
 
     Odd steps: c is the concept, `target` = ε̂(z, t, e*). Even steps: c is a neighbor, and `beyond` must give
-    what it gave, ε̂(z, t, beyond). The paper prints squared norms; the mean only rescales them.
-    """
+    what it gave, ε̂(z, t, beyond). The paper prints squared norms; the mean only rescales them."""
     yield (eps(z, t, c) - target).square().mean()                 # Eq. (8)
     if beyond is not None:
         yield (eps(z, t, beyond) - beyond_target).square().mean()                    # Eq. (9) adds this
@@ -171,9 +168,10 @@ def mine(pair: Pair, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def erase_in_closed_form(pairs: list[Pair], stay: Tensor, s: Settings) -> tuple[Tensor, float]:
-    """Algorithm 1, lines 1–24: Δ [D, D] and cond(B). `stay` [prompts, T, D] belongs to P, too."""
-    E, E_star, P = (torch.cat(rows) for rows in zip(*(mine(pair, s) for pair in pairs)))
-    return closed_form(E, E_star, torch.cat([P, stay.cpu().double().flatten(0, 1)]), s.lambda1, s.lambda2)
+    """Algorithm 1, lines 1–24: Δ [D, D] and cond(B). `stay` [prompts, T, D] belongs to each concept's P, too:
+    counted once, what must stay would be outweighed by the rows of many concepts."""
+    stay, mined = stay.cpu().double().flatten(0, 1), (mine(pair, s) for pair in pairs)
+    return closed_form(((E, E_star, torch.cat([P, stay])) for E, E_star, P in mined), s.lambda1, s.lambda2)
 
 
 @contextlib.contextmanager
@@ -254,17 +252,23 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
 
     optimizer = torch.optim.Adam([p for name, p in unet.named_parameters() if ".lora_" in name], s.lr)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)   # they underflow
-    before, generator = measure(), torch.Generator().manual_seed(pairs[0].seed)
+    before, generator, terms = measure(), torch.Generator().manual_seed(pairs[0].seed), []
     for step in trange(1, s.lora_steps + 1, desc="noise alignment", unit="step", leave=False, disable=None):
         optimizer.zero_grad()
         for term in loss(step, generator, range(s.trajectories - held_out), s.batch):
             scaler.scale(term).backward()
+            terms.append((step, term.detach()))
         scaler.step(optimizer), scaler.update()
-    return {name: [before[name], after] for name, after in measure().items()}
+    after = measure()
+    if not all(map(math.isfinite, after.values())):               # asked at last: a GPU is waited for once
+        step = next((step for step, term in terms if not term.isfinite()), s.lora_steps)
+        raise UserError(f"the loss became NaN at step {step}: try a smaller lr, or --dtype float32")
+    return {name: [before[name], after[name]] for name in after}
 
 
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     """Algorithm 1: the closed form, and a LoRA that aligns the noise, in one matrix each."""
+    job.larger = {"ridge": "lambda2", "stay": "lambda1"}
     stay = job.stay(s.real_prompts)
     delta, cond = erase_in_closed_form(job.pairs, stay, s)
     W = edited(job.W0, delta)

@@ -27,12 +27,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from erasing import Job, edited, gram, run
+from erasing import Job, edited, run
 from eval_clip import CLIP
 from plumbing import UserError, svg
-from plumbing.edits import about_edit, read_edit
+from plumbing.edits import about_edit, gram, read_edit
 from plumbing.pictures import write_sheet
-from plumbing.prompts import names_to_choose
+from plumbing.prompts import TASKS, names_to_choose
 from plumbing.weights import put_weights
 from realera import closed_form
 
@@ -85,7 +85,7 @@ def erase_rows(E: Tensor, E_star: Tensor, stay: Tensor, l1: float, erase: float,
     """Δ of Eq. 7 in absolute units, [D, D]: UCE's edit. E, E_star, stay [rows, D]; l1 is the ridge."""
     E, E_star = erase ** 0.5 * E, erase ** 0.5 * E_star
     trace = E.square().sum() + retain * stay.square().sum()
-    return closed_form(E, E_star, stay, retain, (l1 * E.shape[1] / trace).item())[0]
+    return closed_form([(E, E_star, stay)], retain, (l1 * E.shape[1] / trace).item())[0]
 
 
 def iterate(e: Tensor, e_star: Tensor, stay: Tensor, T: Tensor, G: Tensor, C: Tensor, s: Settings):
@@ -101,7 +101,8 @@ def draw_rounds(job: Job, W1: dict[str, Tensor], rounds: list, n: int) -> list[s
     Returns what CLIP sees of the concepts, if the model's folder has one: ["airplane 4/4 → 0/4", …]."""
     model, pairs, said = job.model, job.pairs, []
     clip = CLIP.from_pretrained(model.folder / "clip") if (model.folder / "clip").is_dir() else None
-    names = names_to_choose(pairs)
+    names = names_to_choose(pairs, job.task)
+    texts = [TASKS[job.task][0].format(name) for name in names]
     for i, (before, e_adv, after) in enumerate(rounds, 1):
         rows = e_adv.float().unflatten(0, (len(pairs), -1)).repeat_interleave(n, 0)  # [concepts · n, T, D]
         drawn = []
@@ -114,8 +115,7 @@ def draw_rounds(job: Job, W1: dict[str, Tensor], rounds: list, n: int) -> list[s
             list(zip(*drawn)), [pair.concept for pair in pairs], ["before", "after"],
             f"Round {i}: drawn from what was derived, before and after its erasure"))
         if clip:
-            first = [clip.classify(x.flatten(0, 1), [f"a photo of the {name}" for name in names]).argmax(1)
-                     .view(-1, n) for x in drawn]
+            first = [clip.classify(x.flatten(0, 1), texts).argmax(1).view(-1, n) for x in drawn]
             said += [f"round {i}, {pair.concept}: " + " → ".join(
                 f"{(guess[j] == names.index(pair.concept)).sum()}/{n}" for guess in first)
                 for j, pair in enumerate(pairs)]
@@ -125,6 +125,7 @@ def draw_rounds(job: Job, W1: dict[str, Tensor], rounds: list, n: int) -> list[s
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     """The start, the rounds on top of it, and what each of them regained."""
     pairs, W0, start = job.pairs, job.W0, job.args.edit
+    job.larger = dict.fromkeys(("ridge", "stay"), "l1 and start_l1")                 # retain keeps "" alone
     e, e_star = torch.cat([pair.e for pair in pairs]), torch.cat([pair.e_star for pair in pairs])
     stay = job.stay(s.real_prompts).flatten(0, 1)
     given = read_edit(start, job.model_folder) if start else {}

@@ -42,6 +42,7 @@ def uce(E: Tensor, E_star: Tensor, stay: Tensor, s: Settings) -> Tensor:
 
 
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
+    job.larger = {"ridge": "l1", "stay": "l1"}
     E, E_star = (torch.cat(rows) for rows in zip(*((p.block(), p.block_star()) for p in job.pairs)))
     return edited(job.W0, uce(E, E_star, job.stay(False).flatten(0, 1), s))
 

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from plumbing import UserError
 from plumbing.disk import refuse_existing
 from plumbing.formats import pipeline_files
 from plumbing.models import MINI
-from plumbing.prompts import TASKS, use_book
+from plumbing.prompts import TASKS, listed, use_book
 
 # This process's number, and how many there are. Schedulers leave such numbers behind, too: they count where
 # torchrun's own sign is.
@@ -91,10 +92,17 @@ def fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def program(doc: str, **more) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line and show the first example of the docstring."""
+
+    def error(self, message: str) -> None:
+        examples = [line for line in (self.description or "").splitlines() if line.startswith("    python ")]
+        fail(f"{message}; try: {(examples or [self.prog + ' --help'])[0].partition(' #')[0]}", 2)
+
+
+def program(doc: str, **more) -> Parser:
     """A parser whose --help begins with a file's docstring, as it stands there."""
-    as_it_stands = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=doc, formatter_class=as_it_stands, **more)
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
 
 def model_args(parser: argparse.ArgumentParser) -> None:
@@ -109,22 +117,34 @@ EDIT = "an edit folder such as out/airplane, a .safetensors file or a diffusers 
 BOOK = "JSON file of classes, synonyms, phrases and scenes of your own, in the form of mini/captions.json"
 
 
-def lines_of(path: Path) -> list[str]:
-    """The prompts of --preview, a text file with one a line. Raises UserError if it has none."""
-    try:
-        prompts = list(dict.fromkeys(filter(None, map(str.strip, path.read_text("utf-8").splitlines()))))
+def lines_of(path: Path, flag: str = "--preview", what: str = "prompt") -> list[str]:
+    """The lines of a text file, each once, without blank ones. Raises UserError if it has none."""
+    try:                                                          # -sig: Windows begins files with a mark
+        text = path.read_text("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
-        raise UserError(f"--preview {path} is not there, or not a text file in UTF-8") from None
-    if not prompts:
-        raise UserError(f"--preview {path} holds no prompt")
-    return prompts
+        raise UserError(f"{flag} {path} is not there, or not a text file in UTF-8") from None
+    lines = list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
+    if not lines:
+        raise UserError(f"{flag} {path} holds no {what}")
+    return lines
+
+
+def concept_and_anchor(line: str) -> tuple[str, str | None]:
+    """A line of --concepts: "cat → ground", "cat", tab, "ground", "cat, ground", or "cat" (anchor None)."""
+    mark = next((mark for mark in ("→", "->", "\t", ",") if mark in line), None)
+    concept, _, anchor = line.partition(mark) if mark else (line, None, None)
+    return concept.strip(), anchor and anchor.strip()
 
 
 def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str, anchor: str | None):
     """Parse the flags of every method and its `own` (flag -> add_argument's keywords). Flags and settings."""
     settings = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(settings_class))
     parser = program(doc, epilog=f"settings and their defaults: {settings}")
-    parser.add_argument("--concept", action="append", required=True, help="what to erase; may be repeated")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--concept", action="append", help="what to erase; may be repeated")
+    what.add_argument("--concepts", type=Path, metavar="FILE",
+                      help="a text file of concepts, one a line: cat, or cat → ground with its anchor")
+    what.add_argument("--list", action="store_true", help="print what the book holds, and end")
     parser.add_argument("--anchor", action="append", help="what to draw instead, one each (default: "
                         + ("a class's own in the book, else by task)" if anchor is None else "nothing)"))
     parser.add_argument("--task", choices=TASKS, default="object", help="prompt templates and default anchor")
@@ -144,19 +164,28 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str, an
     flags = [parser.add_argument(flag, **keywords).dest for flag, keywords in own.items()]
     args = parser.parse_args()
     use_book(args.book)
+    if args.list:
+        print(listed())
+        sys.exit()
+    if args.concepts:
+        if args.anchor:
+            raise UserError("anchors stand in the file of --concepts, as in cat → ground: leave out --anchor")
+        lines = lines_of(args.concepts, "--concepts", "concept")
+        args.concept, args.anchor = map(list, zip(*map(concept_and_anchor, lines)))
+    args.anchor = [anchor if a is None else a for a in args.anchor or [None] * len(args.concept)]
+    named = {field.name for field in dataclasses.fields(settings_class)} & set(flags)
+    s = parse_settings(settings_class, args.set, **{name: getattr(args, name) for name in named})
     if args.n < 1:
         raise UserError("--n must be at least 1; --no-pictures draws none")
     check_seed(args.seed)
     if args.export_lora is not None and args.export_lora < 1:
         raise UserError("--export-lora is a rank: at least 1")
     args.out = args.out or edit_name(args.concept, suffix)
-    args.anchor = args.anchor or (None if anchor is None else [anchor] * len(args.concept))
     if args.preview and (args.export or args.export_lora):
         raise UserError("--preview writes nothing: leave out --export and --export-lora")
     if not args.preview:                                          # say so now, not after minutes
         refuse_existing(args.out, overwrite=args.overwrite)
-    named = {field.name for field in dataclasses.fields(settings_class)} & set(flags)
-    return args, parse_settings(settings_class, args.set, **{name: getattr(args, name) for name in named})
+    return args, s
 
 
 def check_export(export: Path, out: Path, model: Path) -> None:
@@ -240,17 +269,35 @@ def parse_settings(settings_class, changes: list[str], **flags):
             values[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             raise UserError(f"--set {change}: give it like {name}={fields[name].default}") from None
-    return settings_class(**values | {name: value for name, value in flags.items() if value is not None})
+    values |= {name: value for name, value in flags.items() if value is not None}
+    return settings_of(settings_class, values)
+
+
+MOST = 1e5                                                        # no setting has a use for more
+
+
+def settings_of(settings_class, values: dict):
+    """settings_class(**values). Raises UserError for NaN, infinity and numbers beyond MOST."""
+    s = settings_class(**values)                                  # its own rules first: they say more
+    for name, value in values.items():
+        if isinstance(value, (int, float)) and not abs(value) <= MOST:
+            raise UserError(f"{name} = {str(value)[:20]}: a setting is a number from -{MOST:g} to {MOST:g}")
+    return s
 
 
 def slug(text: str) -> str:
-    """"Van Gogh" -> "van-gogh"."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
+    """"Van Gogh" -> "van-gogh"; letters and digits of every script stay. 60 bytes at most."""
+    text = unicodedata.normalize("NFC", text.lower())
+    text = "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in text)
+    return re.sub("-+", "-", text).strip("-").encode()[:60].decode(errors="ignore")
 
 
 def edit_name(concepts: list[str], suffix: str = "") -> Path:
-    """out/van-gogh, out/airplane+ship: where an edit goes if --out does not say."""
-    return Path("out") / (("+".join(map(slug, concepts)) or "edit") + suffix)
+    """out/van-gogh, out/airplane+ship, out/airplane+99-more: where an edit goes if --out does not say."""
+    names = [slug(concept) or "edit" for concept in concepts]
+    if len("+".join(names).encode()) > 120:
+        names[1:] = [f"{len(names) - 1}-more"]
+    return Path("out") / ("+".join(names) + suffix)
 
 
 def free_name(path: Path) -> Path:

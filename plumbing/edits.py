@@ -173,6 +173,26 @@ def original(folder: str | Path, names) -> dict[str, Tensor]:
     return {name: tensors[name] for name in names}
 
 
+def change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> float:
+    """‖ΔW‖/‖W₀‖ over all matrices of W together."""
+    moved = sum((W[name].double() - W0[name].double()).square().sum() for name in W)
+    return (moved / sum(W0[name].double().square().sum() for name in W)).sqrt().item()
+
+
+def gram(W: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
+    """Σ WᵀV over all cross-attention matrices [out, D] -> [D, D], float64."""
+    return sum(W[name].double().T @ V[name].double() for name in W)
+
+
+def check_edit(W: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
+    """W. Raises UserError where it has NaN or infinity, or would have in the dtype of the model's file."""
+    for name, W0 in original(folder, W).items():
+        if not W[name].to(W0.dtype).isfinite().all():
+            raise UserError(f"{name} of the edit has NaN or infinity, so nothing is written: try settings "
+                            "nearer to the defaults, or --dtype float32")
+    return W
+
+
 def write_report(folder: Path, report: dict) -> None:
     """run.json: how an edit came about and what was found."""
     write_json(folder / "run.json", report, indent=2)

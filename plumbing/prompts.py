@@ -1,4 +1,7 @@
-"""The prompts that everything is made and measured with: templates, anchors, what must stay, groups."""
+"""The prompts that everything is made and measured with: templates, anchors, what must stay, groups;
+and what may not be meant in what is asked for."""
+import difflib
+import shlex
 from pathlib import Path
 
 from plumbing import UserError
@@ -69,22 +72,84 @@ def anchor_of(concept: str, task: str = "object") -> str:
     return classes[concept]["anchor"] if concept in classes else TASKS[task][1]
 
 
+def listed() -> str:
+    """What the book holds, as text: a line per class, and the scenes."""
+    lines = [f"{name} → {entry['anchor']}: {', '.join([*entry['synonyms'], *entry['associated']])}"
+             for name, entry in book()["classes"].items()]
+    return "\n".join(["class → its anchor: synonyms and phrases", *lines,
+                      f"scenes: {', '.join(book()['scenes'])}"])
+
+
+def same_word(a: str, b: str) -> bool:
+    """Equal but for the ending of a plural: airplane, airplanes; bus, buses; sky, skies."""
+    one, many = sorted((a, b), key=len)
+    return many in (one, one + "s", one + "es", one.removesuffix("y") + "ies")
+
+
+def doubts(pairs, model: Path, count) -> list[str]:
+    """What may not be meant, a line each: an anchor that is erased itself, several concepts in one, and of
+    mini's own folder `model` a word that it does not know. count(word): its tokens."""
+    said, concepts = [], [pair.concept for pair in pairs]
+    for pair in pairs:
+        for other in concepts:
+            if pair.anchor and same_word(other, pair.anchor):
+                said.append(f"{pair.concept} → {pair.anchor}, but {other} is erased, too: “{pair.concept}” "
+                            f"will draw what “{pair.anchor}” drew before; give it another anchor")
+        if "," in pair.concept:
+            parts = [part.strip() for part in pair.concept.split(",") if part.strip()]
+            flags = " ".join(f"--concept {shlex.quote(part)}" for part in parts)
+            said.append(f"“{pair.concept}” is erased as one phrase; for a concept each: {flags}")
+    if model.resolve() != BOOK.parent:                            # of other models nobody has a list
+        return said
+    own = {scene: scene for scene in read_json(BOOK)["scenes"]}   # each name's class, or the scene itself
+    for name, entry in read_json(BOOK)["classes"].items():
+        own |= dict.fromkeys([name, *entry["synonyms"], *entry["associated"]], name)
+    for word in dict.fromkeys(word for pair in pairs for word in (pair.concept, pair.anchor) if word):
+        meant = next((own[name] for name in own if same_word(name, word)), None)
+        if meant and word in concepts and word != meant:
+            said.append(f"“{word}” is another name of {meant}, which may still be drawn by its own: is "
+                        f"--concept {meant} meant?")
+        if not meant and "," not in word:
+            near, pieces = difflib.get_close_matches(word, own, 3), any(count(x) > 1 for x in word.split())
+            said.append(f"mini does not know “{word}”" + " (its tokenizer knows no such word)" * pieces
+                        + f"; nearest: {', '.join(near)}" * bool(near) + "; --list prints what it knows")
+    return said
+
+
 def preserved_prompts(task: str, pairs) -> list[str]:
     """"" (guidance's other half) first, the task's bare template, and 30 nouns but those of the pairs."""
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
-    nouns = [f"a photo of the {noun}" for noun in PRESERVED if noun not in named]
-    return list(dict.fromkeys(["", TASKS[task][0].format("").strip(), *nouns]))
+    nouns = [noun for noun in PRESERVED if not any(same_word(noun, word) for word in named)]
+    prompts = ["", TASKS[task][0].format("").strip(), *(f"a photo of the {noun}" for noun in nouns)]
+    return list(dict.fromkeys(prompts))
 
 
-def prompts_to_watch(concept: str) -> list[tuple[str, str]]:
-    """(what should be seen, prompt): the concept, two synonyms, two associated phrases, three others."""
+def prompts_to_watch(concept: str, task: str = "object", anchor: str = "",
+                     erased=()) -> list[tuple[str, str]]:
+    """(what should be seen, prompt): the concept, two synonyms, two associated phrases, three others that are
+    not `erased` either. Of styles and people: concept, its associated prompt, three others, the anchor."""
+    if task != "object":
+        template, known = TASKS[task][0], ASSOCIATED.get(task, {})
+        others = [name for name in known if name not in {concept, *erased}][:3]
+        return ([(concept, template.format(concept))] + [(concept, known.get(concept))] * (concept in known)
+                + [(name, template.format(name)) for name in (*others, anchor) if name])
     classes = book()["classes"]
-    entry, names = classes.get(concept, {"synonyms": [], "associated": []}), list(classes)
+    entry = classes.get(concept, {"synonyms": [], "associated": []})
+    names = [name for name in classes if name == concept or name not in erased]
     first = names.index(concept) + 1 if concept in names else 0
-    others = [names[(first + i * 3) % len(names)] for i in range(3)]
+    others = [names[(first + i * 3) % len(names)] for i in range(3)] if names else []
     return ([(concept, f"a photo of the {name}") for name in [concept, *entry["synonyms"][:2]]]
             + [(concept, phrase) for phrase in entry["associated"][:2]]
             + [(name, f"a photo of the {name}") for name in others])
+
+
+def watch_all(pairs, task: str) -> list[tuple[str, str]]:
+    """What is watched of several concepts: each one's prompts, or of more than five each one's own and the
+    first one's others."""
+    erased = [pair.concept for pair in pairs]
+    rows = [prompts_to_watch(pair.concept, task, pair.anchor, erased) for pair in pairs]
+    rows = rows if len(rows) <= 5 else [*(some[:1] for some in rows), rows[0][-3:]]
+    return list(dict.fromkeys(row for some in rows for row in some))
 
 
 def row_prompts(concept: str, task: str, seeds: range, erased=()) -> dict[str, list[tuple[str, str, int]]]:
@@ -118,10 +183,12 @@ def row_prompts(concept: str, task: str, seeds: range, erased=()) -> dict[str, l
     return {group: rows for group, rows in groups.items() if rows}
 
 
-def names_to_choose(pairs) -> list[str]:
-    """What CLIP chooses among when an edit is looked at: classes, scenes, concepts and anchors."""
+def names_to_choose(pairs, task: str = "object") -> list[str]:
+    """What CLIP chooses among when an edit is looked at: classes and scenes, or the task's names, concepts
+    and anchors."""
     named = [name for pair in pairs for name in (pair.concept, pair.anchor) if name]
-    return list(dict.fromkeys([*book()["classes"], *book()["scenes"], *named]))
+    known = [*book()["classes"], *book()["scenes"]] if task == "object" else ASSOCIATED.get(task, ())
+    return list(dict.fromkeys([*known, *named]))
 
 
 def choices(task: str) -> tuple[list[str], list[str]]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from helpers import AIRPLANE, CLOSED, ENV, ROOT
 from plumbing import UserError
-from plumbing.cli import command_line, pick_device
+from plumbing.cli import command_line, edit_name, pick_device, slug
 from plumbing.disk import whole_folder
 
 
@@ -53,6 +53,22 @@ def test_cuda_is_the_processs_own_gpu_and_mps_must_be_asked_for(monkeypatch):
     for name in ("cuda:2", "cuda:x", "tpu"):
         with pytest.raises(UserError, match=f"{name} is not available"):
             pick_device(name)
+
+
+def test_a_name_keeps_the_letters_of_every_script():
+    assert slug("飞机") == "飞机" != slug("汽车") and slug("Van  Gogh!") == "van-gogh" and slug("../a_b") == "a-b"
+    assert slug("कि") != slug("का") and slug("Cafe\u0301") == slug("café") == "café" and slug("🛩") == ""
+    assert len(slug("飞" * 99).encode()) <= 60 and slug("飞" * 99)
+    names = [edit_name(["飞机", "汽车"]), edit_name(["!"], "-uce"), edit_name([f"thing {i}" for i in range(100)])]
+    assert list(map(str, names)) == ["out/飞机+汽车", "out/edit-uce", "out/thing-0+99-more"]
+
+
+@pytest.mark.parametrize("script, said", [
+    ("sample.py", 'prompts; try: python sample.py "a photo of an airplane" --n 8 --seed 0'),
+    ("eval_clip.py", "give --edit .*; try: python eval_clip.py --edit out/airplane"),
+    ("rece.py", "--concept.*; try: python rece.py --concept airplane")])
+def test_a_program_without_arguments_shows_an_example(refused, tmp_path, script, said):
+    refused(script, cwd=tmp_path, match=said + "$")
 
 
 def test_too_little_gpu_memory_is_one_line(capsys):

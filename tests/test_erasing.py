@@ -1,6 +1,7 @@
 """What every method shares: pairs, drift, the folder that it writes, its exports, and interruption;
 edits of any tensor, methods that change how a model draws, the change of text."""
 import json
+import re
 import runpy
 import signal
 import subprocess
@@ -16,12 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import erasing
+import realera
 from erasing import drifts, make_pairs
-from helpers import AIRPLANE, CLOSED, MINI, ROOT, UNET, pair, run, same
+from helpers import AIRPLANE, CLOSED, MINI, ROOT, SHIP, UNET, pair, run, same
 from lora import lora_deltas
 from plumbing import UserError
 from plumbing.edits import about_edit, cross_attention, original, read_edit
-from plumbing.prompts import UNRELATED
+from plumbing.prompts import UNRELATED, doubts
 from plumbing.results import evaluate
 from sample import Model, Text
 
@@ -52,6 +54,84 @@ def test_drift_is_the_median_over_what_names_neither_concept_nor_anchor(concept,
     assert len(nouns) == 30 - len(left_out)
     found = drifts(delta, pairs, text)["median drift of unrelated prompts"]
     assert found == pytest.approx(np.median(moved.numpy()), rel=1e-6)
+
+
+def test_plain_strings_are_one_pair(text):
+    one, = make_pairs("airplane", "sky", "object", text, "tail", 0)
+    same_one, = make_pairs(["airplane"], ["sky"], "object", text, "tail", 0)
+    assert (one.concept, one.anchor, one.seed) == ("airplane", "sky", same_one.seed)
+    assert make_pairs(["cat", "dog"], [None, "street"], "object", text, "tail", 0)[0].anchor == "ground"
+
+
+ASKED = {                                                         # flags, and what the warning must say
+    "unknown": (["--concept", "pizza"], "mini does not know “pizza” .*no such word.*--list"),
+    "misspelt": (["--concept", "airplan"], "does not know “airplan”.*nearest: airplane"),
+    "whole token": (["--concept", "dusk"], r"does not know “dusk”(?!.*no such word).*--list"),
+    "unknown anchor": (["--concept", "cat", "--anchor", "plate"], "does not know “plate”"),
+    "plural": (["--concept", "Airplanes"], "“airplanes” is another name of airplane.*--concept airplane"),
+    "synonym": (["--concept", "jet"], "“jet” is another name of airplane"),
+    "one phrase": (["--concept", "airplane, fire engine"],
+                   "erased as one phrase; for a concept each: --concept airplane --concept 'fire engine'"),
+    "erased anchor": (["--concept", "airplane", "--anchor", "ships", *SHIP],
+                      "airplane → ships, but ship is erased, too: “airplane” will draw what “ships” drew")}
+
+
+@pytest.mark.parametrize("args, said", ASKED.values(), ids=list(ASKED))
+def test_what_may_not_be_meant_is_said_before_any_work(here, tmp_path, capsys, monkeypatch, args, said):
+    def work(*_):
+        raise UserError("now the work begins")
+    monkeypatch.setattr(erasing, "whole_folder", work)
+    with pytest.raises(SystemExit):
+        here("baselines/uce.py", *args, cwd=tmp_path)
+    *warnings, last = capsys.readouterr().err.splitlines()
+    assert "now the work begins" in last
+    assert any(line.startswith("warning: ") and re.search(said, line) for line in warnings), warnings
+
+
+def test_what_is_meant_is_not_doubted(text):
+    pairs = make_pairs(["airplane", "frog"], ["sky", ""], "object", text, "tail", 0)
+    assert doubts(pairs, MINI, text.tokenizer.count) == []
+    unknown = make_pairs("pizza", "plate", "object", text, "tail", 0)
+    assert doubts(unknown, MINI.parent, text.tokenizer.count) == []                  # others may know it
+    assert len(doubts(unknown, MINI, text.tokenizer.count)) == 2
+
+
+def test_list_prints_what_the_book_holds(here, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        here("realera.py", "--list", cwd=tmp_path)
+    printed = capsys.readouterr().out
+    assert not end.value.code and "airplane → sky: aircraft, plane, jet, antonov an-225 mriya" in printed
+    assert "scenes: sky, sea, street, grass, ground" in printed and list(tmp_path.iterdir()) == []
+
+
+def test_concepts_of_a_file_have_anchors_and_the_folder_a_short_name(here, tmp_path):
+    lines = ["cat → street", "dog\tgrass", "horse, sea", "bird", "", "frog -> ground"]
+    lines += [f"thing {i}" for i in range(95)]
+    (tmp_path / "many.txt").write_text("\n".join(lines), encoding="utf-8-sig")       # as Windows writes it
+    here("baselines/uce.py", "--concepts", "many.txt", "--no-pictures", cwd=tmp_path)
+    about = about_edit(tmp_path / "out/cat+99-more-uce")
+    found = dict(zip(about["concepts"], about["anchors"]))
+    assert len(found) == 100 and found["thing 7"] == found["bird"] == ""            # UCE's own
+    assert [found[name] for name in ("cat", "dog", "horse", "frog")] == ["street", "grass", "sea", "ground"]
+
+
+def test_previews_of_windows_score_as_all_others(here, tmp_path, capsys):
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "p.txt").write_text("a photo of the cat\na dog\n", encoding=encoding)
+        here("baselines/uce.py", *AIRPLANE, "--preview", "p.txt", cwd=tmp_path)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == printed[3:]
+
+
+def test_a_wrong_setting_is_said_before_an_existing_folder(refused, tmp_path):
+    (tmp_path / "out/airplane").mkdir(parents=True)
+    refused("realera.py", *AIRPLANE, "--set", "D7=1", cwd=tmp_path, match="no setting 'D7'")
+
+
+def test_settings_are_finite_from_python_too(model):
+    for name, value in (("reach", float("nan")), ("D1_anchor", float("inf")), ("M", 10 ** 9)):
+        with pytest.raises(UserError, match=f"{name} = "):
+            erasing.erase_with(realera, model, "dog", **{name: value})
 
 
 def test_capitals_are_moot_as_clip_reads_none(here, tmp_path):
@@ -203,6 +283,17 @@ def test_what_such_an_edit_cannot_give_is_one_line(own, tmp_path, capsys, flags,
     with pytest.raises(SystemExit) as end:
         own(CONV, "--no-pictures", *flags)
     assert end.value.code == 2 and match in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("times", ["times=nan", "float('nan')", "1e6"])
+def test_an_edit_that_is_not_finite_is_not_written(own, tmp_path, capsys, times):
+    """Nor one that would not be in the float16 of the model's file."""
+    text = CONV.replace("s.times * tensor.float()", f"{times} * tensor.float()") if "=" not in times else CONV
+    with pytest.raises(SystemExit) as end:
+        own(text, "--no-pictures", *(["--set", times] if "=" in times else []))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and not (tmp_path / "out/airplane-conv").exists()
+    assert ("times = nan" if "=" in times else "of the edit has NaN or infinity") in error
 
 
 def test_a_method_that_changes_how_a_model_draws_leaves_a_report_alone(own, tmp_path):

@@ -44,7 +44,7 @@ def test_merged_closed_forms_are_what_one_command_for_both_writes(edits, text):
     assert same(both, joint) and not same(both, load_file(edits / "a closed/erased.safetensors"))
 
 
-def test_merged_closed_form_is_the_sum_of_grams_with_preserved_rows_once(edits, text):
+def test_merged_closed_form_is_the_sum_of_grams_with_preserved_rows_for_each(edits, text):
     """Σ(e* − e)eᵀ and Σeeᵀ + λ1 Σppᵀ of either edit, solved together, another way and in another order."""
     made = [how_made(str(edits / name), text) for name in ("b", "a")]
     s, right, B = made[0].settings, 0, 0
@@ -57,7 +57,7 @@ def test_merged_closed_form_is_the_sum_of_grams_with_preserved_rows_once(edits, 
     # encoded once: another batch would differ in the last bits of float32, but the algebra is float64
     encoded = dict(zip(sorted(stay), text(sorted(stay))))
     for rows in encoded.values():
-        B = B + s.lambda1 * rows.double().T @ rows.double()
+        B = B + len(made) * s.lambda1 * rows.double().T @ rows.double()
     B = B + s.lambda2 * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype)
     expected = right @ torch.linalg.inv(B)
     delta = joint_closed_form(made, lambda prompts: torch.stack([encoded[p] for p in prompts]))

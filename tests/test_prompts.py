@@ -1,11 +1,14 @@
 """What is measured on: groups of a row, and what must stay, apart."""
+from types import SimpleNamespace
+
 import pytest
 
 from erasing import make_pairs
 from helpers import CLASSES, MINI
 from plumbing import UserError
 from plumbing.disk import read_json
-from plumbing.prompts import ASSOCIATED, BOOK, PRESERVED, UNRELATED, preserved_prompts, row_prompts
+from plumbing.prompts import (ASSOCIATED, BOOK, PRESERVED, UNRELATED, names_to_choose, preserved_prompts,
+                              prompts_to_watch, row_prompts, same_word, watch_all)
 from sample import Text
 
 
@@ -15,6 +18,34 @@ def test_what_is_preserved_and_what_drift_is_measured_on_are_apart():
     prompts = preserved_prompts("object", pairs)
     assert prompts[:2] == ["", "a photo of the"] and len(prompts) == 30
     assert not {"a photo of the airplane", "a photo of the grass"} & set(prompts)
+
+
+def test_what_must_stay_leaves_out_plurals_of_what_is_erased(text):
+    pairs = make_pairs(["Airplanes", "bridges"], ["sky", "grass"], "object", text, "tail", 0)
+    prompts = preserved_prompts("object", pairs)
+    assert len(prompts) == 2 + 30 - 3 and "a photo of the glass" not in prompts
+    assert not {f"a photo of the {noun}" for noun in ("airplane", "bridge", "grass")} & set(prompts)
+    for a, b, same in (("bus", "buses", True), ("sky", "skies", True), ("house", "houses", True),
+                       ("cat", "car", False), ("sea", "seal", False), ("lamp", "lamp", True)):
+        assert same_word(a, b) == same_word(b, a) == same
+
+
+def test_prompts_to_watch_follow_the_task_and_the_anchor():
+    style = prompts_to_watch("van gogh", "style", "art")
+    assert style[:2] == [("van gogh", "an artwork by van gogh"),
+                         ("van gogh", ASSOCIATED["style"]["van gogh"])]
+    assert style[2:] == [(name, f"an artwork by {name}")
+                         for name in ("claude monet", "pablo picasso", "greg rutkowski", "art")]
+    person = prompts_to_watch("grace hopper", "celebrity", "a person", ["grace hopper", "tom cruise"])
+    assert [name for name, _ in person] == ["grace hopper", "elon musk", "jennifer lawrence", "mariah carey",
+                                            "a person"]
+    assert prompts_to_watch("nudity", "explicit", "clothes") == [("nudity", "nudity"), ("clothes", "clothes")]
+    pairs = [SimpleNamespace(concept="van gogh", anchor="art")]
+    names = names_to_choose(pairs, "style")
+    assert {name for name, _ in style} <= set(names) and not set(names) & set(CLASSES)
+    objects = watch_all([SimpleNamespace(concept=name, anchor="sky") for name in CLASSES[:6]], "object")
+    assert [name for name, _ in objects[:6]] == CLASSES[:6]
+    assert not {name for name, _ in objects[6:]} & set(CLASSES[:6])
 
 
 def test_groups_of_a_row_are_the_papers():

@@ -60,8 +60,8 @@ def how_made(folder: str, text) -> Made:
 def joint_closed_form(edits: list[Made], text) -> Tensor:
     """Δ [D, D] of Eq. 7 with every edit's rows, float64: what one command naming all concepts would solve.
 
-    Therefore "" and the real prompts count once, whichever edits keep them, and a noun that one edit erases
-    or draws instead is kept for none, although another edit, made alone, kept it.
+    Therefore "" and the real prompts count once for each concept, whichever edits keep them, and a noun that
+    one edit erases or draws instead is kept for none, although another edit, made alone, kept it.
     """
     pairs = sorted((pair for made in edits for pair in made.pairs), key=lambda pair: pair.concept)
     tasks = sorted({made.task for made in edits})
