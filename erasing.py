@@ -23,7 +23,6 @@ import ast
 import dataclasses
 import hashlib
 import json
-import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -40,14 +39,13 @@ from plumbing import UserError
 from plumbing.cli import (DTYPES, Clock, NoFlags, check_export, command_line, erasing_args, lines_of,
                           pick_device, program, settings_of, slug)
 from plumbing.disk import whole_folder
-from plumbing.edits import (base_hash, change, check_edit, cross_attention, gram, original, text_hash,
-                            write_edit, write_report)
+from plumbing.drift import drifts, preview, text_change
+from plumbing.edits import (base_hash, change, check_edit, cross_attention, original, text_hash, write_edit,
+                            write_report)
 from plumbing.formats import export_pipeline, write_lora
 from plumbing.models import model_folder, model_name
-from plumbing.prompts import (TASKS, UNRELATED, anchor_of, book, doubts, names_to_choose, preserved_prompts,
-                              same_word, watch_all)
-from plumbing.weights import put_weights
-from sample import Model, Text, write_sheets
+from plumbing.prompts import TASKS, anchor_of, doubts, names_to_choose, preserved_prompts, watch_all
+from sample import Model, Text, draw_each, write_sheets
 
 
 @dataclass
@@ -61,6 +59,9 @@ class Pair:
     start_star: int
     n: int
     seed: int
+
+    def __str__(self) -> str:
+        return f"{self.concept} → {self.anchor or 'nothing'}"
 
     def block(self) -> Tensor:
         return self.e[self.start:self.start + self.n]
@@ -116,10 +117,9 @@ class Job:
     Given: pairs, text, W0 (the model's cross-attention matrices by name, as in its file), model (read when
     first used), model_folder, device, dtype, task, seed, args (all flags, the method's own too), folder (the
     edit's, being written), preview (True: only the change of text is wanted, so training can be left out);
-    clock("part") notes the seconds since the last part. To fill: about (goes into the edit's metadata), report
+    clock("part") notes the seconds since the last one. To fill: about (goes into the edit's metadata), report
     (into run.json), drawing (see above), later (functions that draw, called once the edit is written), larger
-    (which settings a warning says to raise, {"ridge": if the solution is delicate, "stay": if others move}).
-    """
+    (which settings a warning says to raise, {"ridge": if the solution is delicate, "stay": if others do})."""
 
     def __init__(self, model: Path, concepts, anchors=None, task: str = "object", seed: int = 0,
                  rows: str = "tail", device="cpu", dtype=torch.float32):
@@ -173,65 +173,30 @@ def edited(W0: dict[str, Tensor], delta: Tensor) -> dict[str, Tensor]:
     return {name: W.float() + W.float() @ delta.float() for name, W in W0.items()}
 
 
-def text_change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> Tensor:
-    """Δ [D, D] of any edit of keys and values: (Σ W₀ᵀW₀)⁻¹ Σ W₀ᵀW − I, which brings W₀ (I + Δ) nearest to W.
-    Of a closed form it is its own Δ, but for rounding. What W lacks is unchanged."""
-    if not W.keys() & W0.keys():
-        raise UserError("this edit leaves keys and values alone, so how far it moves text cannot be said")
-    delta = torch.linalg.solve(gram(W0, W0), gram(W0, {name: W.get(name, W0[name]) for name in W0}))
-    return delta - torch.eye(len(delta), dtype=delta.dtype)
-
-
-def movement(delta: Tensor, prompts: list[str], text) -> list[float]:
-    """‖Δe‖/‖e‖ over all T rows of each prompt: how far W = W₀ (I + Δ) moves what the U-Net sees of it."""
-    return [((e @ delta.T).norm() / e.norm()).item() for i in range(0, len(prompts), 64)
-            for e in text(prompts[i:i + 64]).cpu().double()]
-
-
-def drifts(delta: Tensor, pairs: list[Pair], text) -> dict[str, float]:
-    """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and its median over the nouns of UNRELATED
-    (30 at most, none of them in P) that name neither concept nor anchor."""
-    classes = book()["classes"]
-    named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
-    named |= {word for name in named & classes.keys() for word in classes[name]["synonyms"]}
-    nouns = [noun for noun in UNRELATED if not any(same_word(noun, word) for word in named)]
-    moved = movement(delta, ["", *(f"a photo of the {noun}" for noun in nouns)], text)
-    return {'drift of ""': moved[0], "median drift of unrelated prompts": statistics.median(moved[1:])}
-
-
-def preview(delta: Tensor, prompts: list[str], text) -> None:
-    """Print how far an edit moves each prompt, the most moved first."""
-    moved = sorted(zip(movement(delta, prompts, text), prompts), reverse=True)
-    print("‖Δe‖/‖e‖  prompt", *(f"{far:8.3f}  {prompt}" for far, prompt in moved), sep="\n")
-
-
 def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
     """Draw with the original and with the edit, n pictures a prompt, from the same seeds, and write
     before_after.png, and .svg with labels, into the job's folder: a row per prompt, left before, right after.
     Returns a row per prompt; with what CLIP sees, and prints it, if the model's folder has one."""
     watched, template = watch_all(job.pairs, job.task), TASKS[job.task][0]
-    prompts, seeds = [prompt for _, prompt in watched], [job.seed + i for i in range(n)]
-    model, drawn = job.model, {}
-    for when, weights, how in (("before", original(job.model_folder, W), {}), ("after", W, job.drawing)):
-        put_weights(model.unet, weights)
-        with lora_off(model.unet):                                # what it learned is part of W
-            drawn[when] = model.draw([p for p in prompts for _ in seeds], seeds * len(prompts), **how)
+    model, prompts, seeds = job.model, [prompt for _, prompt in watched], [job.seed + i for i in range(n)]
+    with lora_off(model.unet):                                    # what it learned is part of W
+        drawn = (draw_each(model, prompts, {"before": original(job.model_folder, W)}, seeds)
+                 | draw_each(model, prompts, {"after": W}, seeds, **job.drawing))
     table = [{"prompt": prompt, "wanted": wanted} for wanted, prompt in watched]
     if (model.folder / "clip").is_dir():
         clip, names = CLIP.from_pretrained(model.folder / "clip"), names_to_choose(job.pairs, job.task)
-        print(f"\nCLIP's first choice of {len(names)} names, {n} pictures a prompt")
-        print(f"{'prompt':<28}{'before':<32}after")
+        print(f"\nCLIP's first choice of {len(names)} names, {n} pictures a prompt\n"
+              f"{'prompt':<28}{'before':<32}after")
         for when, pictures in drawn.items():
-            said = clip.classify(pictures, [template.format(name) for name in names]).argmax(1).view(-1, n)
-            for row, guesses in zip(table, said):
+            said = clip.classify(pictures.flatten(0, 1), [template.format(name) for name in names]).argmax(1)
+            for row, guesses in zip(table, said.view(-1, n)):
                 most = guesses.mode().values
                 row[when] = {"right": (guesses == names.index(row["wanted"])).sum().item(),
                              "mostly": names[most], "times": (guesses == most).sum().item()}
         for row in table:
             print(f"{row['prompt'][:26]:<28}{seen(row, 'before', n):<32}{seen(row, 'after', n)}")
-    sheets = {when: x.unflatten(0, (-1, n))[:, :8] for when, x in drawn.items()}
-    erased = ", ".join(f"{pair.concept} → {pair.anchor or 'nothing'}" for pair in job.pairs)
-    name = model_name(job.args.model)
+    sheets = {when: pictures[:, :8] for when, pictures in drawn.items()}
+    erased, name = ", ".join(map(str, job.pairs)), model_name(job.args.model)
     notes = [[seen(row, when, n) for when in sheets] for row in table] if "before" in table[0] else None
     write_sheets(job.folder / "before_after.png", sheets, prompts,
                  {"seed": seeds[:8], "edit": erased, "model": name, "settings": model.defaults},
@@ -253,9 +218,7 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
     """The command of a method: its published name, its file's docstring, its settings, erase(job, settings).
 
     own: flags of its own, {flag: add_argument's keywords}: one that is called like a setting sets it, the
-    others are in job.args. anchor: the default one, if not the task's. suffix: of the edit's name, if not
-    -<method>.
-    """
+    others are in job.args. anchor: the default one, if not the task's. suffix: of the edit's name."""
     suffix = f"-{slug(method)}" if suffix is None else suffix
 
     def main() -> None:
@@ -269,12 +232,12 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
         job.args, job.preview = args, bool(prompts)
         job.clock("text")
         if prompts:
-            W = check_edit(erase(job, s), folder)
-            return preview(text_change(job.W0, W), prompts, job.text)
+            return preview(text_change(job.W0, check_edit(erase(job, s), folder)), prompts, job.text)
         for pair in job.pairs:
-            print(f"{pair.concept} → {pair.anchor or 'nothing'}: {pair.n} of {len(pair.e)} rows")
+            print(f"{pair}: {pair.n} of {len(pair.e)} rows")
         with whole_folder(args.out, args.overwrite) as job.folder:
-            W, about = save(job, erase(job, s), {"method": method, "settings": dataclasses.asdict(s)})
+            W, about = save(job, check_edit(erase(job, s), folder),
+                            {"method": method, "settings": dataclasses.asdict(s)})
         job.folder = args.out                                     # from here on nothing can take it away
         print(f"wrote {args.out}/")
         if not args.no_pictures:
@@ -311,7 +274,7 @@ def erase_with(method, model: Model, concept: str, anchor: str | None = None, ta
 def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor], dict]:
     """Write the edit, each tensor in the dtype of the model's file, its LoRA if asked, and run.json. Returns
     the tensors as written, and what an edit says of itself."""
-    args, W0 = job.args, original(job.model_folder, check_edit(W, job.model_folder))
+    args, W0 = job.args, original(job.model_folder, W)
     about |= job.about | {"concepts": [pair.concept for pair in job.pairs],
                           "anchors": [pair.anchor for pair in job.pairs], "task": job.task, "seed": job.seed,
                           "model": model_name(args.model), "base_hash": base_hash(job.W0),

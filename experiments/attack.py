@@ -23,13 +23,12 @@ from torch import Tensor
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
-from erasing import gram
 from eval_clip import judge
 from plumbing import UserError, svg
 from plumbing.cli import (DTYPES, EDIT, Clock, at_least_1, command_line, measuring_args, pick_device,
                           program)
 from plumbing.disk import readable, whole
-from plumbing.edits import base_hash, cross_attention, erased_by, original, read_edit
+from plumbing.edits import base_hash, cross_attention, erased_by, gram, original, read_edit
 from plumbing.models import fingerprint, model_folder
 from plumbing.pictures import write_sheet
 from plumbing.prompts import TASKS, choices, row_prompts

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
-from erasing import drifts, edited, make_pairs
+from erasing import edited, make_pairs
 from eval_clip import CLIP, shown
 from experiments.tables import share_of_shift
 from plumbing import svg
 from plumbing.cli import command_line, program
 from plumbing.disk import refuse_existing
+from plumbing.drift import drifts
 from plumbing.edits import cross_attention
 from plumbing.models import MINI
 from plumbing.prompts import PRESERVED, UNRELATED, book, preserved_prompts

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
-from erasing import edited, make_pairs, movement
+from erasing import edited, make_pairs
 from eval_clip import CLIP, shown
 from plumbing.cli import at_least_1, command_line, program
+from plumbing.drift import movement
 from plumbing.edits import cross_attention
 from plumbing.models import MINI
 from plumbing.prompts import book, preserved_prompts, prompts_of

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
-from erasing import drifts, make_pairs
+from erasing import make_pairs
 from eval_clip import judge, outcomes, summary
 from plumbing import svg
 from plumbing.cli import DTYPES, command_line, measuring_args, parse_settings, pick_device, program
 from plumbing.disk import read_json
+from plumbing.drift import drifts
 from plumbing.edits import base_hash, cross_attention, read_edit
 from plumbing.making import Recipe, make_edits, recipe
 from plumbing.models import model_folder

@@ -126,7 +126,8 @@ def check_tensors(what: str | Path, tensors: dict[str, Tensor], shapes: dict[str
                            "has no floating-point numbers in": known.keys() - real.keys(),
                            "has NaN or infinity in": {n for n in real if not finite(real[n])}}.items():
         if names:
-            raise UserError(f"{what} {problem} {min(names)}"
+            shape = f": {list(known[min(names)].shape)}" if "shape" in problem else ""
+            raise UserError(f"{what} {problem} {min(names)}{shape}"
                             + f" and {len(names) - 1} more" * (len(names) > 1))
 
 

@@ -192,8 +192,8 @@ def test_the_file_in_an_edit_folder_is_that_edit(work, capsys):
 
 
 @pytest.mark.parametrize("change, match", [
-    (lambda key, x: {f"unet.{key}": x}, "no unet.down_blocks"),
-    (lambda key, x: {key: x[:, :3]}, "of shape .*3]"),
+    (lambda key, x: {f"unet.{key}": x}, "unknown unet.down_blocks"),
+    (lambda key, x: {key: x[:, :3]}, "wrong shape for .*3]"),
     (lambda key, x: {key: x * float("nan")}, "NaN"), (lambda key, x: {key: x}, "changes nothing"),
     (lambda key, x: {key: x.float() * (1 + 1e-6)}, "changes nothing")])
 def test_what_does_not_fit_is_refused_by_name(tmp_path, change, match):

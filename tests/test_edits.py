@@ -92,7 +92,8 @@ def test_another_text_encoder_is_noticed(edit, broken):
 
 def test_text_hash_is_the_same_however_the_file_spells_its_names(broken):
     before, path = text_hash(broken), broken / "text_encoder/model.safetensors"
-    tensors = {f"text_model.{name.removeprefix('text_model.')}": W.half() for name, W in load_file(path).items()}
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": W.half()
+               for name, W in load_file(path).items()}
     save_file(tensors | {"text_model.embeddings.position_ids": torch.arange(77)}, path)
     assert text_hash(broken) == before
     save_file({name.removeprefix("text_model."): W for name, W in tensors.items()}, path)

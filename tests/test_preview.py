@@ -4,8 +4,9 @@ import torch
 
 import erasing
 import realera
-from erasing import make_pairs, movement
+from erasing import make_pairs
 from helpers import AIRPLANE
+from plumbing.drift import movement
 from plumbing.prompts import preserved_prompts
 from unet import UNet
 

@@ -122,7 +122,7 @@ def test_own_method_is_a_method_like_ours(tmp_path):
                           encoding="utf-8", env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out/airplane-least"
-    assert done.stdout.endswith("wrote out/airplane-least/\n") and (out / "before_after.png").exists()
+    assert "wrote out/airplane-least/\n" in done.stdout and (out / "before_after.png").exists()
 
     W0, pair = cross_attention(MINI), make_pairs(["airplane"], ["sky"], "object", Text(MINI), "tail", 0)[0]
     W = read_edit(out, MINI)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from clip_text import CLIPTextModel, CLIPTokenizer
 from eval_clip import CLIP
-from helpers import (AIRPLANE, CLOSED, OFFICIAL_TEXT, OFFICIAL_UNET, OFFICIAL_VAE, QUICK, ROOT, TEXTS, UNET, UNETS,
-                     VAES, edit_json, edit_tensors, nan, near, refuses, shapes, theirs_text, theirs_unet,
-                     theirs_vae)
+from helpers import (AIRPLANE, CLOSED, OFFICIAL_TEXT, OFFICIAL_UNET, OFFICIAL_VAE, QUICK, ROOT, TEXTS, UNET,
+                     UNETS, VAES, edit_json, edit_tensors, nan, near, refuses, shapes, theirs_text,
+                     theirs_unet, theirs_vae)
 from plumbing import UserError
 from plumbing.models import MINI
 from plumbing.weights import NoInit
@@ -325,7 +325,8 @@ def test_weights_that_are_no_real_numbers_are_named(dtype, unet_folder):
 
 
 def test_text_that_the_unet_cannot_read_is_refused_before_any_work(broken, refused, tmp_path):
-    tensors = {name: W[:, :-8].contiguous() if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) else W
+    ours = ("attn2.to_k.weight", "attn2.to_v.weight")
+    tensors = {name: W[:, :-8].contiguous() if name.endswith(ours) else W
                for name, W in load_file(broken / UNET).items()}
     save_file(tensors, broken / UNET)
     (tmp_path / "work").mkdir()

@@ -16,12 +16,12 @@ from pathlib import Path
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
-from erasing import Pair, change, edited, make_pairs
+from erasing import Pair, edited, make_pairs
 from lora import lora_deltas
 from plumbing import UserError
 from plumbing.cli import command_line, program
 from plumbing.disk import refuse_existing, whole_folder
-from plumbing.edits import (about_edit, base_hash, cross_attention, read_edit, text_hash, write_edit,
+from plumbing.edits import (about_edit, base_hash, change, cross_attention, read_edit, text_hash, write_edit,
                             write_report)
 from plumbing.models import MINI, model_folder, model_name
 from plumbing.prompts import preserved_prompts

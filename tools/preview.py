@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
-from erasing import preview, text_change
 from plumbing.cli import command_line, lines_of, program
+from plumbing.drift import preview, text_change
 from plumbing.edits import cross_attention, read_edit
 from plumbing.models import MINI, model_folder
 from sample import Text
