@@ -164,6 +164,7 @@ def judge(case, before, after, status, out, err, caught) -> str | None:
     """What is wrong with an outcome, or None."""
     changed = sorted(name for name in before.keys() | after.keys()
                      if before.get(name, 0) != after.get(name, 0))
+    kept = [name for name in changed if not below(name, case.stays)]
     left = f"; changed or left {', '.join(changed[:3])}" if changed else ""
     if isinstance(caught, Hang):
         return f"hangs: more than {SECONDS} s{left}"
@@ -177,7 +178,7 @@ def judge(case, before, after, status, out, err, caught) -> str | None:
         return f"exit status {status}"
     if len(errors) != (status == 2):
         return f"exit status {status} and {len(errors)} lines that begin with error:"
-    if status == 2 and changed:
+    if status == 2 and kept:
         return f"refused{left}"
     if lost := [name for name in changed if name in before and not below(name, case.replaces)]:
         return f"changed or removed {', '.join(lost[:3])}"

@@ -83,6 +83,7 @@ class Case:
         self.work, self.rng, self.quick, self.model = work, rng, quick, work / "model"
         self.args, self.what, self.expected = [], "", "refuse"
         self.outs, self.replaces = ["made"], []  # where it may write; where it may change what is there
+        self.stays = []                         # what may stay when it is refused
         self.size, self.same = None, None       # of files at most, in bytes; what must come out as it was
 
     def one(self, *choices):
@@ -97,6 +98,8 @@ class Case:
             names = self.one([name for name in names if not self.quick or name not in SLOW] or names)
         script, *self.args = COMMANDS[names].split()
         self.args = [script, *self.args, *more, *([] if "--model" in more else ["--model", "model"])]
+        if names in ("csv", "csv edit"):        # it goes on from what it has drawn
+            self.stays = ["made/results"]
         if names == "file":
             self.outs = ["edit/lora_rank2.safetensors", "edit/lora_rank2_kohya.safetensors"]
 

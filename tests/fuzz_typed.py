@@ -87,8 +87,10 @@ def paths(c: Case) -> None:
     name = c.one("realera", "draw", "csv", "merge", "lora")
     name = {"--folder": "folder", "--export": "realera"}.get(flag, name)
     path += ".png" * (name == "draw" and len(path) < 200 and c.one(2))
-    c.mean(f"{flag} {named(path)}", "accept" if path in FINE_PATHS and name != "draw" else "either")
+    fine = path in FINE_PATHS and name != "draw" and not (flag == "--export" and "made" in path)
+    c.mean(f"{flag} {named(path)}", "accept" if fine else "either")
     c.outs = [path, f"{os.path.splitext(path)[0]}.svg"] if len(path) < 200 and path[:1] != "/" else []
+    c.outs += ["made"] * (flag == "--export")
     more = ["--overwrite"] if name in ("realera", "merge", "lora") and c.one(3) == 0 else []
     c.replaces = ["edit"] if more and path == "edit" else []
     c.run(name, flag, path, *more)
@@ -286,6 +288,7 @@ def disk(c: Case) -> None:
     c.size = c.one(c.one(300, 20_000))
     c.mean(f"files of {c.size} bytes at most", "either")
     c.run(["realera", "lora", "rece", "draw", "csv", "folder", "file", "merge"])
+    c.stays = ["made"] if c.stays else []                         # tables that were complete, too
 
 
 def strangers(c: Case) -> None:
