@@ -33,39 +33,46 @@ class CLIPTokenizer:
     """CLIP's byte-pair encoding: lower case, a word's last piece ends in `</w>`, always `length` ids."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, length: int = 77, pad: str = EOS):
-        self.length = length
-        self.eos = tokenizer.token_to_id(EOS)
-        if None in (self.eos, tokenizer.token_to_id(BOS), tokenizer.token_to_id(pad)):
-            raise UserError(f"the tokenizer's vocabulary lacks {BOS}, {EOS} or the padding {pad!r}: "
-                            "this is not a CLIP tokenizer")
+        self.length, self.eos = length, tokenizer.token_to_id(EOS)
+        self.size = 1 + max(tokenizer.get_vocab().values())       # the rows that an encoder has
         self._plain = tokenizer                                   # no cutting, no padding: see `cut`
-        self._plain.no_truncation(), self._plain.no_padding()
         self._fixed = tokenizers.Tokenizer.from_str(tokenizer.to_str())
         self._fixed.enable_truncation(length)
         self._fixed.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "CLIPTokenizer":
-        """Read `vocab.json` + `merges.txt` (official) or `tokenizer.json` (what newer libraries save)."""
+    def from_pretrained(cls, folder: str | Path, positions: int = 77) -> "CLIPTokenizer":
+        """Read `vocab.json` + `merges.txt` (official) or `tokenizer.json` (what newer libraries save), and
+        the words that were added to them. positions: the encoder's, so the most that `length` can be."""
         folder = Path(folder)
-        settings, specials = (read_json(folder / name) if (folder / name).exists() else {}
-                              for name in ("tokenizer_config.json", "special_tokens_map.json"))
-        length = settings.get("model_max_length", 77)
-        length = length if length <= 1e6 else 77                  # "no limit" is written as 1e30
-        if "added_tokens_decoder" not in settings:                # an older folder: its older file decides
-            settings |= specials                                  # (in SD 2.1-base they differ in pad_token)
-        pad = settings.get("pad_token") or EOS
-        pad = str(pad.get("content") if isinstance(pad, dict) else pad)
-        if (folder / "merges.txt").exists():
-            tokenizer = clip_bpe(read_json(folder / "vocab.json"), read_merges(folder / "merges.txt"), pad)
-        elif (folder / "tokenizer.json").exists():
-            try:
-                tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            except Exception as error:                            # the library raises bare Exceptions
-                raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
-        else:
-            raise UserError(f"{folder} has neither vocab.json + merges.txt nor tokenizer.json")
-        return cls(tokenizer, length, pad)
+        settings, specials, older, whole = (
+            read_json(folder / name) if (folder / name).exists() else {} for name in (
+                "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"))
+        length = settings.get("model_max_length")
+        length = positions if length is None else length          # "no limit" is also written as 1e30
+        if not isinstance(length, (int, float)) or not length >= 3:
+            raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length = {length!r} is not "
+                            "supported (at least 3)")
+        try:
+            if (folder / "merges.txt").exists():
+                vocab, merges = read_json(folder / "vocab.json"), read_merges(folder / "merges.txt")
+            elif (folder / "tokenizer.json").exists():
+                vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
+                merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+            else:
+                raise UserError(f"{folder} has neither vocab.json + merges.txt nor tokenizer.json")
+            listed = settings.get("added_tokens_decoder")
+            if listed is None:                                    # an older folder: its older files decide
+                settings |= specials                              # (in SD 2.1-base they differ in pad_token)
+                listed = {i: {"content": word} for word, i in older.items()}
+                listed |= {token["id"]: token for token in whole.get("added_tokens", [])}
+            roles = {"bos": BOS, "eos": EOS, "unk": EOS, "pad": EOS}
+            named = [settings.get(f"{role}_token") or usual for role, usual in roles.items()]
+            tokenizer = clip_bpe(vocab, merges, named, {int(i): token for i, token in listed.items()})
+            return cls(tokenizer, int(min(length, positions)), added_token(named[-1]).content)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder}: tokenizer.json or a file beside it is damaged, or this is not a CLIP "
+                            f"tokenizer ({type(error).__name__}: {error})") from None
 
     def __call__(self, texts: list[str]) -> Tensor:
         """texts: B strings -> ids [B, T], int64. Longer prompts lose their end; `cut` says which part."""
@@ -94,14 +101,36 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = EOS) -> tokenizers.Tokenizer:
-    """CLIP's pipeline on the `tokenizers` library: equals transformers' CLIPTokenizer on every code point."""
+def added_token(token: str | dict, **changes) -> tokenizers.AddedToken:
+    """A token as the files spell it: by its fields, or as a string, which is a special token then."""
+    fields = {"content": token, "special": True} if isinstance(token, str) else token
+    known = {"lstrip", "normalized", "rstrip", "single_word", "special"} & fields.keys()
+    return tokenizers.AddedToken(fields["content"], **{key: fields[key] for key in known} | changes)
+
+
+def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], named: list = (BOS, EOS),
+             listed: dict = {}) -> tokenizers.Tokenizer:
+    """CLIP's pipeline on the `tokenizers` library: equals transformers' CLIPTokenizer on every code point.
+
+    listed: {id: token}, words that are looked for before all else, as textual inversion adds them; named:
+    tokens with a role, the last one pads. A UserError names what does not fit together.
+    """
     try:
         bpe = tokenizers.models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="",
                                     end_of_word_suffix="</w>", fuse_unk=False, unk_token=EOS)
-        ids = vocab[BOS], vocab[EOS]
     except Exception as error:                                    # the library raises bare Exceptions
         raise UserError(f"vocab.json and merges.txt do not fit together: {error}") from None
+    roles = [added_token(token, special=True) for token in named]
+    tokens = {i: added_token(listed[i]) for i in sorted(listed)}
+    words = {token.content for token in tokens.values()}
+    for token in (BOS, EOS, roles[-1].content):
+        if token not in words and token not in vocab:
+            raise UserError(f"the tokenizer's vocabulary lacks {BOS}, {EOS} or the padding {token!r}: "
+                            "this is not a CLIP tokenizer")
+    built = words | {token.content for token in roles} | {"".join(pair) for pair in merges}
+    if lost := [word for word in vocab if len(word.removesuffix("</w>")) > 1 and word not in built]:
+        raise UserError(f"merges.txt has no line that makes {lost[0]!r}, and vocab.json has {len(lost)} such "
+                        "words: is merges.txt cut off?")
     tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
@@ -109,12 +138,17 @@ def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = EO
         [pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
          pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
+    # Special tokens with `normalized` are looked for after lower-casing, others before: in the official files
+    # BOS is, and what pads (in SD v1 EOS) is not. In SD 2, whose padding is "!", every ! of a prompt becomes
+    # a token of its own.
+    tokenizer.add_tokens(list(tokens.values()))
+    tokenizer.add_tokens([token for token in roles if token.content in vocab and token.content not in words])
+    if wrong := [i for i, token in tokens.items() if tokenizer.token_to_id(token.content) != i]:
+        raise UserError(f"the added token {tokens[wrong[0]].content!r} cannot have the id {wrong[0]}: ids go "
+                        f"on from the vocabulary's {len(vocab)}")
     tokenizer.post_processor = processors.RobertaProcessing(
-        (EOS, ids[1]), (BOS, ids[0]), trim_offsets=False, add_prefix_space=False)
-    # BOS is looked for after lower-casing, and what pads (in SD v1 EOS) before: odd, and what the official
-    # files lead to. In SD 2, whose padding is "!", this makes every ! of a prompt a token of its own.
-    tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=token != pad, special=True)
-                                  for token in dict.fromkeys((BOS, EOS, pad)) if token in vocab])
+        (EOS, tokenizer.token_to_id(EOS)), (BOS, tokenizer.token_to_id(BOS)), trim_offsets=False,
+        add_prefix_space=False)
     return tokenizer
 
 
@@ -141,6 +175,8 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
+        if width % heads:
+            raise UserError(f"CLIP: hidden_size {width} must be divisible by num_attention_heads {heads}")
         self.heads, self.causal = heads, causal
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 

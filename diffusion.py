@@ -6,6 +6,7 @@
 The steps equal diffusers' DDIMScheduler and PNDMScheduler (skip_prk_steps, "leading" spacing) step by step.
 Papers: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Liu et al. 2022 (PNDM), Ho & Salimans 2021 (guidance).
 """
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -26,11 +27,12 @@ class SchedulerConfig:
     beta_schedule: str = "scaled_linear"
     steps_offset: int = 1
     set_alpha_to_one: bool = False
+    timestep_spacing: str = "leading"
 
 
-SUPPORTED = {"prediction_type": ("epsilon",), "timestep_spacing": ("leading",), "trained_betas": (None,),
-             "beta_schedule": ("scaled_linear", "linear"), "skip_prk_steps": (True,), "clip_sample": (False,),
-             "thresholding": (False,), "rescale_betas_zero_snr": (False,)}
+SUPPORTED = {"prediction_type": ("epsilon",), "timestep_spacing": ("leading", "linspace"),
+             "trained_betas": (None,), "beta_schedule": ("scaled_linear", "linear"), "skip_prk_steps": (True,),
+             "clip_sample": (False,), "thresholding": (False,), "rescale_betas_zero_snr": (False,)}
 
 
 class Scheduler:
@@ -46,7 +48,11 @@ class Scheduler:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Scheduler":
-        return cls(read_config(Path(folder), SchedulerConfig, SUPPORTED, file="scheduler_config.json"))
+        config = read_config(Path(folder), SchedulerConfig, SUPPORTED, file="scheduler_config.json")
+        if config.timestep_spacing != "leading":                  # of DPM++, Euler, Heun, UniPC, … in diffusers
+            print(f"warning: {folder} asks for another sampler, with timestep_spacing = "
+                  f"{config.timestep_spacing!r}; our own DDIM draws, with 'leading'", file=sys.stderr)
+        return cls(config)
 
     def timesteps(self, steps: int) -> list[int]:
         """`steps` times from noise to picture, evenly spaced: 50 -> 981, 961, … 21, 1."""

@@ -40,10 +40,10 @@ from plumbing import UserError
 from plumbing.cli import (DTYPES, Clock, NoFlags, check_export, command_line, erasing_args, lines_of,
                           pick_device, program, settings_of, slug)
 from plumbing.disk import whole_folder
-from plumbing.edits import (base_hash, change, check_finite, cross_attention, gram, original, write_edit,
-                            write_report)
+from plumbing.edits import (as_filed, base_hash, change, cross_attention, original, text_change, text_hash,
+                            write_edit, write_report)
 from plumbing.formats import export_pipeline, write_lora
-from plumbing.models import model_folder
+from plumbing.models import model_folder, model_name
 from plumbing.prompts import (TASKS, UNRELATED, anchor_of, book, doubts, names_to_choose, preserved_prompts,
                               same_word, watch_all)
 from plumbing.weights import put_weights
@@ -116,9 +116,9 @@ class Job:
     Given: pairs, text, W0 (the model's cross-attention matrices by name, as in its file), model (read when
     first used), model_folder, device, dtype, task, seed, args (all flags, the method's own too), folder (the
     edit's, being written), preview (True: only the change of text is wanted, so training can be left out);
-    clock("part") notes the seconds since the last part. To fill: about (goes into the edit's metadata), report
-    (into run.json), drawing (see above), larger (which settings a warning says to raise, {"ridge": if the
-    solution is delicate, "stay": if others move}).
+    clock("part") notes the seconds since the last part.
+    To fill: about (goes into the edit's metadata), report (into run.json), drawing (see above), later (draws,
+    once the edit is written), larger (settings that a warning names, for the "ridge" and what must "stay").
     """
 
     def __init__(self, model: Path, concepts, anchors=None, task: str = "object", seed: int = 0,
@@ -127,13 +127,17 @@ class Job:
         self.clock, self.text, self.folder, self.preview = Clock(), Text(model), None, False
         self.args = NoFlags(no_pictures=True)
         self.pairs = make_pairs(concepts, anchors, task, self.text, rows, seed)
-        self.about, self.report, self.drawing, self.larger = {}, {}, {}, {}
+        self.about, self.report, self.drawing, self.larger, self.later = {}, {}, {}, {}, []
         for doubt in doubts(self.pairs, model, self.text.tokenizer.count):
             print(f"warning: {doubt}", file=sys.stderr)
 
     @cached_property
     def W0(self) -> dict[str, Tensor]:
-        return cross_attention(self.model_folder)
+        W0, width = cross_attention(self.model_folder), self.pairs[0].e.shape[1]
+        if any(W.ndim != 2 or W.shape[1] != width for W in W0.values()):
+            raise UserError(f"{self.model_folder}: the text encoder's rows are {width} wide, but its U-Net "
+                            "reads others")
+        return W0
 
     @cached_property
     def model(self) -> Model:
@@ -153,8 +157,7 @@ class Job:
             numbers |= drifts(text_change(self.W0, W), self.pairs, self.text)
         print(f"{what}: " + ", ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
         limits = {"cond": 1e10, "‖ΔW‖": 10, "drift": 0.5, "median": 0.5}             # by how a name begins
-        absurd = {begin for begin in limits for name in numbers
-                  if name.startswith(begin) and numbers[name] > limits[begin]}
+        absurd = {b for b in limits for name in numbers if name.startswith(b) and numbers[name] > limits[b]}
         if absurd:
             cure = self.larger.get("ridge" if absurd & {"cond", "‖ΔW‖"} else "stay", "weight of what stays")
             print(f"warning: this moves far more than the concept; try a larger {cure}"
@@ -167,15 +170,6 @@ class Job:
 def edited(W0: dict[str, Tensor], delta: Tensor) -> dict[str, Tensor]:
     """W = W₀ + W₀ Δ for every matrix, in float32: only the solve needs more."""
     return {name: W.float() + W.float() @ delta.float() for name, W in W0.items()}
-
-
-def text_change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> Tensor:
-    """Δ [D, D] of any edit of keys and values: (Σ W₀ᵀW₀)⁻¹ Σ W₀ᵀW − I, which brings W₀ (I + Δ) nearest to W.
-    Of a closed form it is its own Δ, but for rounding. What W lacks is unchanged."""
-    if not W.keys() & W0.keys():
-        raise UserError("this edit leaves keys and values alone, so how far it moves text cannot be said")
-    delta = torch.linalg.solve(gram(W0, W0), gram(W0, {name: W.get(name, W0[name]) for name in W0}))
-    return delta - torch.eye(len(delta), dtype=delta.dtype)
 
 
 def movement(delta: Tensor, prompts: list[str], text) -> list[float]:
@@ -227,10 +221,11 @@ def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
             print(f"{row['prompt'][:26]:<28}{seen(row, 'before', n):<32}{seen(row, 'after', n)}")
     sheets = {when: x.unflatten(0, (-1, n))[:, :8] for when, x in drawn.items()}
     erased = ", ".join(f"{pair.concept} → {pair.anchor or 'nothing'}" for pair in job.pairs)
+    name = model_name(job.args.model)
     notes = [[seen(row, when, n) for when in sheets] for row in table] if "before" in table[0] else None
     write_sheets(job.folder / "before_after.png", sheets, prompts,
-                 {"seed": seeds[:8], "edit": erased, "model": str(model.folder), "settings": model.defaults},
-                 title=erased, notes=notes, footer=f"seeds {seeds[0]}–{seeds[:8][-1]}; model: {model.folder}")
+                 {"seed": seeds[:8], "edit": erased, "model": name, "settings": model.defaults},
+                 title=erased, notes=notes, footer=f"seeds {seeds[0]}–{seeds[:8][-1]}; model: {name}")
     return table
 
 
@@ -264,13 +259,24 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
         job.args, job.preview = args, bool(prompts)
         job.clock("text")
         if prompts:
-            W = check_finite(erase(job, s), folder)
+            as_filed(W := erase(job, s), folder)                  # refuses what is not finite
             return preview(text_change(job.W0, W), prompts, job.text)
         for pair in job.pairs:
             print(f"{pair.concept} → {pair.anchor or 'nothing'}: {pair.n} of {len(pair.e)} rows")
         with whole_folder(args.out, args.overwrite) as job.folder:
-            finish(job, erase(job, s), {"method": method, "settings": dataclasses.asdict(s)})
+            W, about = save(job, erase(job, s), {"method": method, "settings": dataclasses.asdict(s)})
+        job.folder = args.out                                     # from here on nothing can take it away
         print(f"wrote {args.out}/")
+        if not args.no_pictures:
+            for draw in job.later:
+                draw()
+            about["table"] = before_after(job, W, args.n)
+            job.clock("pictures")
+        if args.export:
+            export_pipeline(args.export, folder, W, about)
+            job.clock("pipeline folder")
+        write_report(job.folder, about | job.report | {"seconds": job.clock.seconds})
+        print(job.clock)
 
     command_line(main)
 
@@ -285,36 +291,30 @@ def erase_with(method, model: Model, concept: str, anchor: str | None = None, ta
               model.dtype)
     with tempfile.TemporaryDirectory() as folder:                 # of what the command writes besides W
         job.folder = Path(folder)
-        W = check_finite(method.erase(job, s), job.model_folder)
+        W = method.erase(job, s)
     if W and "numbers" not in job.report:
         job.say("edit", W)
-    W0 = original(job.model_folder, W)
-    return {name: tensor.to(W0[name].dtype) for name, tensor in W.items()}, job.report
+    return as_filed(W, job.model_folder), job.report
 
 
-def finish(job: Job, W: dict[str, Tensor], about: dict) -> None:
-    """Write the edit, each tensor in the dtype of the model's file, draw before and after, note it all in
-    run.json, and export if asked."""
-    args, W0 = job.args, original(job.model_folder, check_finite(W, job.model_folder))
+def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor], dict]:
+    """Write the edit, each tensor in the dtype of the model's file, its LoRA if asked, and run.json. Returns
+    the tensors as written, and what an edit says of itself."""
+    args, filed = job.args, as_filed(W, job.model_folder)
     about |= job.about | {"concepts": [pair.concept for pair in job.pairs],
                           "anchors": [pair.anchor for pair in job.pairs], "task": job.task, "seed": job.seed,
-                          "model": args.model, "base_hash": base_hash(job.W0)}
+                          "model": model_name(args.model), "base_hash": base_hash(job.W0),
+                          "text_hash": text_hash(job.model_folder)}
     if W and "numbers" not in job.report:
         job.say("edit", W)
     if args.export_lora:
-        job.report["LoRA error"] = write_lora(job.folder, W0, W, args.export_lora, about)
+        W0, name = original(job.model_folder, W), args.out.absolute().name
+        job.report["LoRA error"] = write_lora(job.folder, name, W0, W, args.export_lora, about)
         job.clock("LoRA file")
-    W, table = {name: tensor.to(W0[name].dtype) for name, tensor in W.items()}, []
     if W:
-        write_edit(job.folder, W, about)
-    if not args.no_pictures:
-        table = before_after(job, W, args.n)
-        job.clock("pictures")
-    if args.export:
-        export_pipeline(args.export, job.model_folder, W, about)
-        job.clock("pipeline folder")
-    write_report(job.folder, about | job.report | {"table": table, "seconds": job.clock.seconds})
-    print(job.clock)
+        write_edit(job.folder, filed, about)
+    write_report(job.folder, about | job.report | {"seconds": job.clock.seconds})
+    return filed, about
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ The CSV has a column prompt, and may have seed (or evaluation_seed), and class (
 see. Its other columns are kept. A row without a seed takes --seed. Works with any folder in the layout of
 transformers' CLIPModel: `mini/clip`, openai/clip-vit-large-patch14. Paper: Radford et al. 2021.
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from clip_text import SUPPORTED as TEXT_SUPPORTED, CLIPTextConfig, CLIPTextModel
 from plumbing import UserError
 from plumbing.cli import DTYPES, EDIT, command_line, measuring_args, pick_device, program
 from plumbing.detectors import find_detector
-from plumbing.disk import read_json, whole
+from plumbing.disk import write_json
 from plumbing.edits import edit_labels, erased_by, read_edit
 from plumbing.models import model_folder
 from plumbing.own_prompts import read_prompts, score_prompts
@@ -56,6 +55,12 @@ class TextHalf(CLIPTextConfig):
     hidden_size: int = 512
     intermediate_size: int = 2048
     num_attention_heads: int = 8
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The width of the space in which both towers meet."""
+    projection_dim: int = 512
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class CLIP(nn.Module):
         folder = Path(folder)
         config = CLIPConfig(read_config(folder, TextHalf, TEXT_SUPPORTED, section="text_config"),
                             read_config(folder, CLIPVisionConfig, TEXT_SUPPORTED, section="vision_config"),
-                            read_json(folder / "config.json").get("projection_dim", 512))
+                            read_config(folder, Joint, {}).projection_dim)
         clip = load_network(cls, config, folder, "model", dtype, device,
                             rename=lambda key: None if key.endswith(".position_ids") else key)
         clip.tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -288,8 +293,7 @@ def main() -> None:
         rows.sort(key=lambda row: (names.index(row["erased"]), ways.index(row["counted"])))
     if RANK == 0:
         write_grids(out, model, weights, [prompt for prompt, _ in jobs], erased, args)
-        with whole(out / "asked.json") as temporary:
-            temporary.write_text(json.dumps(asked, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(out / "asked.json", asked, indent=1)
         write_tables(out, "metrics", rows)
         if detect:
             write_tables(out, "detected", detected)

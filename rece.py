@@ -153,12 +153,16 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     last = derive(T, G, C, e, s.lam, e_star if s.regularizer == "target" else None)
     left = regained(T, G, C, G0, e, e_star, last)
     print(f"what could be derived now regains {left:.1%} of the squared distance")
-    said = [] if job.args.no_pictures else draw_rounds(job, W1, rounds, job.args.n)
-    if said:
-        print("drawn from what was derived, before → after its erasure", *said, sep="\n")
-    job.clock("pictures of the rounds")
     job.about["start"] = about_edit(start) if start else None
-    job.report |= {"regained": shares, "left": left, "rounds": said}
+    job.report |= {"regained": shares, "left": left}
+
+    def draw() -> None:
+        said = job.report["rounds"] = draw_rounds(job, W1, rounds, job.args.n)
+        if said:
+            print("drawn from what was derived, before → after its erasure", *said, sep="\n")
+        job.clock("pictures of the rounds")
+
+    job.later.append(draw)
     return given | W
 
 

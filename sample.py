@@ -31,7 +31,7 @@ from plumbing import UserError, svg
 from plumbing.cli import (DTYPES, EDIT, check_seed, command_line, free_name, model_args, pick_device, program,
                           slug)
 from plumbing.edits import edit_labels, read_edit
-from plumbing.models import defaults, model_folder, tokenizer_folder
+from plumbing.models import defaults, model_folder, tokenizer_folder, vae_folder
 from plumbing.pictures import write_sheet
 from plumbing.weights import put_weights
 from unet import UNet
@@ -39,15 +39,24 @@ from vae import VAE
 
 
 class Text:
-    """Tokenizer and text encoder: prompts -> rows [B, T, D]. In float32: edits rest on it."""
+    """Tokenizer and text encoder: prompts -> rows [B, T, D]. In float32: edits rest on it. clip_skip: how
+    many of the encoder's last layers are left out, as in diffusers (web UIs count one more)."""
 
-    def __init__(self, model: str | Path, device="cpu"):
+    def __init__(self, model: str | Path, device="cpu", clip_skip: int = 0):
         folder = model_folder(str(model))
-        self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder))
         self.encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", device=device)
+        config, layers = self.encoder.config, self.encoder.encoder.layers
+        self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder(folder), config.max_position_embeddings)
+        if self.tokenizer.size != config.vocab_size:
+            raise UserError(f"{folder}: the text encoder has rows for {config.vocab_size} tokens, the tokenizer "
+                            f"{self.tokenizer.size}: one lacks words that were added to the other")
+        if not 0 <= clip_skip < len(layers):
+            raise UserError(f"clip skip must lie in 0 … {len(layers) - 1} for this text encoder, not {clip_skip}")
+        del layers[len(layers) - clip_skip:]
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str]) -> Tensor:
+    def __call__(self, prompts: str | list[str]) -> Tensor:
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         for prompt in dict.fromkeys(prompts):
             if cut := self.tokenizer.cut(prompt):
                 print(f"warning: {prompt[:40]!r} has more than {self.tokenizer.length} tokens; "
@@ -57,22 +66,41 @@ class Text:
 
 
 class Model:
-    """A whole Stable Diffusion model, ready to draw. model: its folder or hub id, or "mini"."""
+    """A whole Stable Diffusion model, ready to draw. model: its folder or hub id, or "mini".
 
-    def __init__(self, model: str | Path, device="cpu", dtype=torch.float32, text: Text | None = None):
+    clip_skip: as in Text. vae: another VAE, as a folder or a file. size: of the pictures, width and height in
+    pixels, or one number for both (default: the model's).
+    """
+
+    def __init__(self, model: str | Path, device="cpu", dtype=torch.float32, text: Text | None = None,
+                 clip_skip: int = 0, vae: str | Path | None = None, size: int | tuple[int, int] | None = None):
         folder = model_folder(str(model))
         self.folder, self.device, self.dtype = folder, torch.device(device), dtype
-        self.text = text or Text(folder, device)
+        self.text = text or Text(folder, device, clip_skip)
         self.unet = UNet.from_pretrained(folder / "unet", dtype, device)
-        self.vae = VAE.from_pretrained(folder / "vae", dtype, device)
+        self.vae = VAE.from_pretrained(vae_folder(vae) if vae else folder / "vae", dtype, device)
         for network in (self.unet, self.vae):                     # on a CPU 5 % faster at SD's size, 10 to 20
             network.to(memory_format=torch.channels_last)         # at mini's: the convolutions' own layout
         widths, latent = self.unet.config, self.vae.config.latent_channels
         if not widths.in_channels == widths.out_channels == latent:                  # inpainting: 9
             raise UserError(f"{folder} is no text-to-image model: its U-Net takes {widths.in_channels} "
                             f"channels, its VAE {latent}")
+        if self.text.encoder.config.hidden_size != widths.cross_attention_dim:
+            raise UserError(f"{folder}: the text encoder's rows are "
+                            f"{self.text.encoder.config.hidden_size} wide, but its U-Net reads "
+                            f"{widths.cross_attention_dim}")
         self.scheduler = Scheduler.from_pretrained(folder / "scheduler")
-        self.defaults = defaults(folder)
+        self.defaults = defaults(folder) | ({} if size is None else {"size": size})
+        size = self.defaults["size"]
+        self.size = (size, size) if isinstance(size, int) else size
+        for side in self.size:                                    # a latent pixel is a square of them
+            if side % self.vae.factor or side < 1:
+                low = max(1, side // self.vae.factor) * self.vae.factor
+                raise UserError(f"pictures {side} pixels wide or high: {low} or {low + self.vae.factor} are "
+                                f"possible, multiples of {self.vae.factor}")
+        width, height = (side // self.vae.factor for side in self.size)
+        self.latent = self.unet.config.in_channels, height, width
+        self.batch = max(1, 8192 // (width * height))             # 32 of mini's pictures, 2 of SD's
         self.worn, self.own = {}, {}                              # an edit's tensors, and ours in their place
 
     def put(self, W: dict[str, Tensor]) -> None:
@@ -83,18 +111,18 @@ class Model:
 
     def noise(self, seeds: list[int]) -> Tensor:
         """Pure noise, each seed's from its own generator on the CPU: [B, 4, h, w], float32."""
-        side = self.defaults["size"] // self.vae.factor
-        return torch.stack([torch.randn(self.unet.config.in_channels, side, side,
-                                        generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return torch.stack([torch.randn(self.latent, generator=torch.Generator().manual_seed(seed))
+                            for seed in seeds])
 
     @torch.no_grad()
     def draw(self, prompts: str | list[str] | Tensor, seeds: list[int] | None = None,
              steps: int | None = None, guidance: float | None = None, sampler: str = "ddim",
              batch: int | None = None, rows: Callable | None = None, guide: Callable | None = None,
-             beside: Tensor | None = None, strength: Callable | None = None) -> Tensor:
+             beside: Tensor | None = None, strength: Callable | None = None, negative: str = "") -> Tensor:
         """B prompts, or their rows [B, T, D], and B seeds -> pictures [B, 3, H, W] in [0, 1], float32, on the
         CPU. Shows progress. What is None is the model's default; seeds: 0, 1, … One prompt as a string is
-        drawn once for each seed. Raises UserError for impossible steps.
+        drawn once for each seed. negative: what not to draw, guidance's other half. Raises UserError for
+        impossible steps, or seeds that are not as many as prompts.
 
         For methods that change how a model draws: rows(c) gives other rows [B, T, D] for the prompts' rows c.
         guide(u, c, t, …) -> noise takes the place of u + s (c − u); it is called in the order of the steps, a
@@ -107,17 +135,18 @@ class Model:
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         steps = self.defaults["steps"] if steps is None else steps
         guidance = self.defaults["guidance"] if guidance is None else guidance
-        side = self.defaults["size"] // self.vae.factor
-        batch = batch or max(1, 8192 // side ** 2)                # 32 of mini's pictures, 2 of SD's
+        batch = batch or self.batch
+        if len(seeds) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
         if isinstance(prompts, Tensor):
-            empty, texts = self.text([""]), prompts
+            empty, texts = self.text([negative]), prompts
         else:
-            unique = list(dict.fromkeys(["", *prompts]))
+            unique = list(dict.fromkeys([negative, *prompts]))
             encoded = self.text(unique)
             empty, texts = encoded[:1], encoded[[unique.index(prompt) for prompt in prompts]]
         if strength:
             return self.blended(texts, seeds, strength, steps=steps, guidance=guidance, sampler=sampler,
-                                batch=batch, rows=rows, guide=guide, beside=beside)
+                                batch=batch, rows=rows, guide=guide, beside=beside, negative=negative)
         texts = rows(texts) if rows else texts
         guide = guide or (lambda u, c, t: guided(u, c, guidance))
         always = [empty] + ([] if beside is None else list(beside[:, None]))
@@ -190,6 +219,15 @@ def write_sheets(path: Path, drawn: dict[str, Tensor], prompts: list[str], about
     svg.write(path.with_suffix(".svg"), labelled(drawn, prompts, **words))
 
 
+def sides(text: str) -> tuple[int, int]:
+    """"512x768", or "512" for a square -> width, height."""
+    width, _, height = text.partition("x")
+    try:
+        return int(width), int(height or width)
+    except ValueError:
+        raise UserError(f"--size {text}: give it like 512x768, width x height in pixels") from None
+
+
 def main() -> None:
     parser = program(__doc__)
     parser.add_argument("prompts", nargs="+", help="one row of pictures each")
@@ -200,6 +238,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's; SD 50)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's; SD 7.5)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="ddim (default) or pndm")
+    parser.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
+    parser.add_argument("--size", type=sides, metavar="WxH", help="of a picture in pixels (default: the model's)")
+    parser.add_argument("--clip-skip", type=int, default=0, metavar="N",
+                        help="leave out the text encoder's last N layers; a web UI's “clip skip 2” is 1 here")
+    parser.add_argument("--vae", metavar="FOLDER|FILE", help="another VAE than the model's")
     parser.add_argument("--batch", type=int, help="pictures drawn at a time (default: by their size)")
     parser.add_argument("--out", type=Path, help="PNG to write, an SVG beside it; neither may exist "
                                                  "(default: a new name in out/)")
@@ -215,7 +258,8 @@ def main() -> None:
         if path.exists():
             raise UserError(f"{path} exists: choose another --out")
     names = edit_labels(args.edit)
-    model = Model(args.model, pick_device(args.device), DTYPES[args.dtype])
+    model = Model(args.model, pick_device(args.device), DTYPES[args.dtype], None, args.clip_skip, args.vae,
+                  args.size)
     edits = {"untouched": {}} | {name: read_edit(edit, model.folder) for name, edit in zip(names, args.edit)}
     if args.compile:
         model.unet.compile()
@@ -223,11 +267,14 @@ def main() -> None:
     guidance = model.defaults["guidance"] if args.guidance is None else args.guidance
     start, seeds = time.perf_counter(), range(args.seed, args.seed + args.n)
     drawn = draw_each(model, args.prompts, edits, seeds, steps=steps, guidance=guidance, sampler=args.sampler,
-                      batch=args.batch)
+                      batch=args.batch, negative=args.negative)
     seconds = (time.perf_counter() - start) / (len(drawn) * len(args.prompts) * args.n)
     how = f"seeds {seeds[0]}–{seeds[-1]}, {steps} steps of {args.sampler}, guidance {guidance}"
     out.parent.mkdir(parents=True, exist_ok=True)
+    out = free_name(out)                                          # it may have appeared meanwhile
     settings = {"steps": steps, "guidance": guidance, "sampler": args.sampler, "dtype": args.dtype}
+    settings |= {name: value for name in ("negative", "size", "clip_skip", "vae")
+                 if (value := getattr(args, name))}
     write_sheets(out, drawn, args.prompts, {"seed": list(seeds), "edit": args.edit, "model": args.model,
                                             "settings": settings}, footer=f"{args.model}: {how}")
     print(f"{out}  {how}, {seconds:.2f} s per picture\n{out.with_suffix('.svg')}  the same with labels")

@@ -23,18 +23,17 @@ from torch import Tensor
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
-from erasing import gram
 from eval_clip import judge
 from plumbing import UserError, svg
 from plumbing.cli import DTYPES, EDIT, Clock, command_line, measuring_args, pick_device, program
-from plumbing.disk import whole
-from plumbing.edits import base_hash, cross_attention, erased_by, original, read_edit
+from plumbing.disk import readable, whole
+from plumbing.edits import base_hash, cross_attention, erased_by, gram, original, read_edit
 from plumbing.models import fingerprint, model_folder
 from plumbing.pictures import write_sheet
 from plumbing.prompts import TASKS, choices, row_prompts
 from plumbing.results import RANK, barrier, evaluate
 from plumbing.stats import as_markdown, wilson, write_tables
-from plumbing.weights import put_weights
+from plumbing.weights import check_tensors, put_weights
 from realera import Trajectories, trajectories
 from rece import derive
 from sample import Model
@@ -246,7 +245,9 @@ def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[d
                     save_file({key: x.contiguous().cpu() for key, x in ATTACKS[name](target).items()},
                               temporary)
             barrier()
-            candidates = load_file(path)
+            with readable(path):
+                candidates = load_file(path)
+            check_tensors(path, candidates, dict.fromkeys(candidates, model.text([""])[0].shape))
 
         def draw(jobs, keep=None):
             return evaluate(model, clip, jobs, folder / "results", args.steps, None, args.batch, keep,

@@ -68,6 +68,11 @@ def make_full_size(folder: Path) -> None:
     pipe.tokenizer.model_max_length = 77
     with whole_folder(folder) as new:
         pipe.save_pretrained(new)
+        path = new / "tokenizer/tokenizer.json"                   # as many tokens as SD has: mini's, and signs
+        whole = json.loads(path.read_text("utf-8"))
+        more = range(len(pipe.tokenizer), CLIPTextConfig.vocab_size)
+        whole["model"]["vocab"] |= {chr(0x20000 + i): i for i in more}
+        path.write_text(json.dumps(whole), "utf-8")
 
 
 def measured(run: Callable, device: torch.device) -> tuple[float, float | None]:

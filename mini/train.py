@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 import clip_text, diffusion, eval_clip, unet, vae  # noqa: E401
 from plumbing import UserError
 from plumbing.cli import command_line, pick_device
-from plumbing.disk import read_json, whole
+from plumbing.disk import read_json, readable, whole
 from plumbing.pictures import grid, write_png
 from plumbing.prompts import PRESERVED, UNRELATED
 
@@ -70,9 +70,9 @@ class Photos:
     """x [N, 3, 32, 32] uint8, y [N]: 0–9 a class, 10–14 a scene; g [N]: visual group 0–3 (scene: 0)."""
 
     def __init__(self, folder: Path, names=tuple(f"data_batch_{i}.bin" for i in range(1, 6))):
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            raise UserError(f"{folder} has no {missing[0]}: unpack CIFAR-10's binary version there")
+        for name in names:
+            if not (folder / name).exists() or (folder / name).stat().st_size % 3073:
+                raise UserError(f"{folder} has no whole {name}: unpack CIFAR-10's binary version there")
         raw = np.concatenate([np.fromfile(folder / name, np.uint8).reshape(-1, 3073) for name in names])
         x, y = (torch.from_numpy(raw[:, 1:].reshape(-1, 3, 32, 32)),
                 torch.from_numpy(raw[:, 0].astype(np.int64)))
@@ -272,7 +272,7 @@ class Run:
         self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
         self.deadline = time.monotonic() + 60 * args.minutes
         if self.path.exists():
-            with safe_open(self.path, "pt") as file:
+            with readable(self.path), safe_open(self.path, "pt") as file:
                 if any(file.get_slice(f"net.{n}").get_shape() != list(p.shape)
                        for n, p in net.named_parameters()):
                     raise UserError(f"{self.path} goes on from another --recipe: give that, or --work")
@@ -294,7 +294,7 @@ class Run:
 
     @torch.no_grad()
     def load(self) -> None:
-        with safe_open(self.path, "pt") as file:
+        with readable(self.path), safe_open(self.path, "pt") as file:
             self.step, self.minutes = int(file.metadata()["step"]), float(file.metadata()["minutes"])
             self.log, self.scores = (json.loads(file.metadata()[name]) for name in ("log", "scores"))
             for n, p in self.net.named_parameters():
@@ -680,10 +680,10 @@ def main() -> None:
                         help="stop after so long; the same command goes on")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     args = parser.parse_args()
-    args.device = pick_device(args.device)
+    if args.steps is not None and args.steps < 1 or not args.minutes >= 0:
+        raise UserError("--steps must be at least 1, --minutes at least 0")
+    args.device, recipe, photos = pick_device(args.device), RECIPES[args.recipe], Photos(args.data)
     args.work.mkdir(parents=True, exist_ok=True)
-    recipe = RECIPES[args.recipe]
-    photos = Photos(args.data)
     stages = {"clip": train_clip, "vae": train_vae, "unet": train_unet,
               "vision": partial(train_clip, image_only=True)}
     for stage, train in stages.items():

@@ -1,18 +1,21 @@
 """What programs share: errors as one line, flags, devices, names, the clock."""
 import argparse
+import contextlib
 import dataclasses
-import errno
 import os
 import re
+import signal
 import sys
 import time
 import unicodedata
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from plumbing import UserError
 from plumbing.disk import refuse_existing
+from plumbing.formats import pipeline_files
 from plumbing.models import MINI
 from plumbing.prompts import TASKS, listed, use_book
 
@@ -20,25 +23,55 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def command_line(main) -> None:
-    """Run a script's `main`: what a user can fix is one line on stderr and exit status 2, no traceback."""
+    """Run a script's `main`: what a user can fix is one line on stderr and exit status 2, no traceback.
+
+    SIGTERM is an interruption like Ctrl-C. A reader of our output that goes away (`| head`) stops nothing.
+    """
     for stream in (sys.stdout, sys.stderr):                       # not so on Windows; we print ‖ΔW‖ and →
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8")
+    signal.signal(signal.SIGTERM, interrupted)
+    out, err = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     try:
-        main()
+        " ".join(sys.argv).encode()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
     except UserError as error:
         fail(str(error), 2)
-    except OSError as error:                                      # a full disk, a forbidden folder
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR,
-                               errno.EEXIST):
-            raise
-        fail(f"cannot read or write {error.filename or 'the output'}: {error.strerror}; nothing is "
-             "half-written", 2)
+    except UnicodeEncodeError:
+        fail("an argument is not UTF-8", 2)
+    except (OSError, SafetensorError) as error:                   # a full disk, a forbidden or odd path
+        where, why = getattr(error, "filename", None), getattr(error, "strerror", None)
+        fail(f"cannot read or write {where or 'the output'}: {why or error}; nothing is half-written", 2)
     except torch.OutOfMemoryError:
         fail("out of GPU memory: try --dtype bfloat16, a smaller --batch (realera.py: --low-memory, --set "
              "batch=4 trajectories=4), or --device cpu", 2)
+    except MemoryError:
+        fail("not enough memory: try --dtype bfloat16 or a smaller --batch", 2)
     except KeyboardInterrupt:
         fail("interrupted; nothing is half-written", 130)
+
+
+class Unbreakable:
+    """stdout or stderr, but a reader that goes away is no error: from then on all is written nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+            self.stream.flush()                                   # a line at once, also where output is piped
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def interrupted(*_) -> None:
+    raise KeyboardInterrupt
 
 
 def fail(message: str, status: int) -> None:
@@ -147,6 +180,7 @@ def check_export(export: Path, out: Path, model: Path) -> None:
     refuse_existing(export, "choose another --export")
     if not (model / "model_index.json").exists():
         raise UserError("--export needs a model folder with a model_index.json, or a hub id")
+    pipeline_files(model)
     if out.resolve().is_relative_to(export.resolve()) or export.resolve().is_relative_to(out.resolve()):
         raise UserError(f"--export {export} and the edit folder {out} must lie apart")
 

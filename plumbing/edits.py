@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from plumbing import UserError
-from plumbing.disk import is_edit, read_json, readable, whole
-from plumbing.weights import find_weights, finite, read_tensors
+from plumbing.disk import is_edit, parse_json, read_json, readable, whole, write_json
+from plumbing.prompts import TASKS
+from plumbing.weights import check_tensors, find_weights, read_tensors, shards
 
 
 def cross_attention(folder: str | Path) -> dict[str, Tensor]:
@@ -21,9 +22,7 @@ def cross_attention(folder: str | Path) -> dict[str, Tensor]:
                if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
     if not tensors:
         raise UserError(f"{path} lacks attn2.to_k.weight: this is not a Stable Diffusion U-Net")
-    for name, tensor in tensors.items():
-        if not finite(tensor):
-            raise UserError(f"{path} has NaN or infinity in {name}")
+    check_tensors(path, tensors, {name: tensor.shape for name, tensor in tensors.items()})
     return tensors
 
 
@@ -35,11 +34,30 @@ def base_hash(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def text_hash(model: str | Path) -> str:
+    """`base_hash` of a model's text encoder, whichever way its file spells the names."""
+    _, tensors = read_tensors(Path(model) / "text_encoder", "model")
+    return base_hash({name.removeprefix("text_model."): tensor for name, tensor in tensors.items()
+                      if tensor.is_floating_point()})             # position_ids are no weights
+
+
+def bytes_hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors as they are: says whether a file still holds what was written."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
 def write_edit(folder: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """`erased.safetensors`: the edited matrices under their official names, and how they came about: one JSON
-    text under the key "edit" of its metadata (safetensors writes several keys in random order)."""
+    text under the key "edit" of its metadata (safetensors writes several keys in random order); the
+    tensors' hash is added to it. Raises UserError, and writes nothing, if a number is not finite."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    check_tensors("the edit", tensors, {name: tensor.shape for name, tensor in tensors.items()})
+    about["hash"] = bytes_hash(tensors)
     with whole(folder / "erased.safetensors") as temporary:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"edit": json.dumps(about)})
+        save_file(tensors, temporary, {"edit": json.dumps(about)})
 
 
 def edit_file(edit: str | Path) -> Path | None:
@@ -62,14 +80,20 @@ def about_edit(edit: str | Path) -> dict:
     """How an edit came about: method, concepts, anchors, settings, base_hash; {} if it was made elsewhere."""
     path = edit_file(edit)
     if path is None:                                              # of a method that changes no weights
-        return read_json(Path(edit) / "run.json")
-    with readable(path), safe_open(path, "pt") as file:
-        said = (file.metadata() or {}).get("edit", "{}")
-    try:
-        about = json.loads(said)
-    except json.JSONDecodeError:                                  # somebody else's "edit"
-        return {}
-    return about if isinstance(about, dict) else {}
+        about = read_json(where := Path(edit) / "run.json")
+    else:
+        with readable(where := shards(path)[0]), safe_open(where, "pt") as file:
+            said = (file.metadata() or {}).get("edit", "{}")
+        try:
+            about = parse_json(said, path)
+        except UserError:                                         # somebody else's "edit"
+            return {}
+    if "base_hash" in about:                                      # ours
+        said = [about.get("concepts"), about.get("anchors"), about.get("tasks", [about.get("task")])]
+        texts = all(isinstance(some, list) and all(isinstance(x, str) for x in some) for some in said)
+        if not texts or not said[0] or not {*said[2]} <= {*TASKS}:
+            raise UserError(f"{where} is damaged: it does not say what was erased; make the edit again")
+    return about
 
 
 def edit_labels(edits: list[str]) -> list[str]:
@@ -105,29 +129,32 @@ def erased_by(edits: list[str], concepts: list[str], task: str = "object") -> li
 
 
 def read_edit(edit: str | Path, model: str | Path) -> dict[str, Tensor]:
-    """The edited tensors of out/<name>, after checking that they were made from this model; {} if the method
-    changes no weights.
+    """The edited tensors of out/<name>, after checking that they were made from this model.
 
     Also of an edit that was made elsewhere, part of a U-Net or all of it: those that differ from the model's
     in half precision, in the dtype of its file. A warning says what cannot be checked. Raises UserError for
     what does not fit.
     """
-    path, made_for, tensors = edit_file(edit), about_edit(edit).get("base_hash"), {}
-    if path:
-        with readable(path), safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    where, base = read_tensors(Path(model) / "unet", "diffusion_pytorch_model")
-    wrong = [name for name, tensor in tensors.items()
-             if name not in base or tensor.shape != base[name].shape]
-    if made_for is not None and (made_for != base_hash(cross_attention(model)) or wrong):
+    path, about, tensors = edit_file(edit), about_edit(edit), {}
+    made_for = about.get("base_hash")
+    if path is None:
+        raise UserError(f"--edit {edit} is of a method that changes how pictures are drawn and no weights: "
+                        "from its folder it can be neither drawn nor measured")
+    for part in shards(path):
+        with readable(part), safe_open(part, "pt") as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}
+    if not tensors:
+        raise UserError(f"--edit {edit} holds no tensor")
+    _, base = read_tensors(Path(model) / "unet", "diffusion_pytorch_model")
+    if made_for is not None and made_for != base_hash(cross_attention(model)):
         raise UserError(f"--edit {edit} was made for another model than {model}")
-    if not path or made_for is not None and path.name == "erased.safetensors":
+    if about.get("text_hash") not in (None, text_hash(model)):
+        raise UserError(f"--edit {edit} was made with another text encoder than {model}'s")
+    check_tensors(f"--edit {edit} does not fit {model}: it", tensors, {k: v.shape for k, v in base.items()})
+    if made_for is not None and path.name == "erased.safetensors":
+        if about.get("hash") not in (None, bytes_hash(tensors)):
+            raise UserError(f"{path} is damaged: it does not hold what was written; make it again")
         return tensors
-    if wrong:
-        raise UserError(f"--edit {edit} does not fit {model}: {where.name} has no {wrong[0]} of shape "
-                        f"{list(tensors[wrong[0]].shape)}")
-    if bad := [name for name, tensor in tensors.items() if not finite(tensor)]:
-        raise UserError(f"--edit {edit} has NaN or infinity in {bad[0]}")
     changed = {name: tensor.to(base[name].dtype) for name, tensor in tensors.items()
                if not torch.equal(tensor.half(), base[name].half())}
     if not changed:
@@ -157,16 +184,22 @@ def gram(W: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
     return sum(W[name].double().T @ V[name].double() for name in W)
 
 
-def check_finite(W: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
-    """W. Raises UserError where it has NaN or infinity, or would have in the dtype of the model's file."""
-    for name, W0 in original(folder, W).items():
-        if not W[name].to(W0.dtype).isfinite().all():
-            raise UserError(f"{name} of the edit has NaN or infinity, so nothing is written: try settings "
-                            "nearer to the defaults, or --dtype float32")
+def text_change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> Tensor:
+    """Δ [D, D] of any edit of keys and values: (Σ W₀ᵀW₀)⁻¹ Σ W₀ᵀW − I, which brings W₀ (I + Δ) nearest to W.
+    Of a closed form it is its own Δ, but for rounding. What W lacks is unchanged."""
+    if not W.keys() & W0.keys():
+        raise UserError("this edit leaves keys and values alone, so how far it moves text cannot be said")
+    delta = torch.linalg.solve(gram(W0, W0), gram(W0, {name: W.get(name, W0[name]) for name in W0}))
+    return delta - torch.eye(len(delta), dtype=delta.dtype)
+
+
+def as_filed(W: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
+    """W in the dtype of the model's file. Raises UserError for NaN and infinity there."""
+    W = {name: W[name].to(W0.dtype) for name, W0 in original(folder, W).items()}
+    check_tensors("the edit", W, {name: tensor.shape for name, tensor in W.items()})
     return W
 
 
 def write_report(folder: Path, report: dict) -> None:
     """run.json: how an edit came about and what was found."""
-    with whole(folder / "run.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "run.json", report, indent=2)

@@ -1,55 +1,88 @@
 """An edit in other people's formats: a pipeline folder for diffusers, and LoRA files."""
+import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from plumbing import UserError
-from plumbing.disk import link, read_json, readable, refuse_existing, whole, whole_folder
-from plumbing.weights import find_weights
+from plumbing.disk import link, read_json, refuse_existing, whole, whole_folder
+from plumbing.weights import find_weights, plain_name, read_tensors, shards
+
+
+UNET = "diffusion_pytorch_model"
 
 
 def part_files(folder: Path) -> dict[str, Path]:
     """What diffusers reads of one part of a pipeline, {name to give it: file}; nothing if a network has no
     safetensors. Weights get their plain name, so no `.fp16` or `.non_ema` twin comes along."""
-    found = {path.name: path for path in sorted(folder.glob("*")) if path.suffix in (".json", ".txt")}
-    for stem in ("model", "diffusion_pytorch_model"):
-        for name in (f"{stem}.fp16.safetensors", f"{stem}.safetensors"):             # the second one wins
-            if (folder / name).exists():
-                found[f"{stem}.safetensors"] = folder / name
-    complete = "config.json" not in found or any(name.endswith(".safetensors") for name in found)
+    found = {path.name: path for path in sorted(folder.glob("*"))
+             if path.suffix in (".json", ".txt") and ".index." not in path.name}
+    complete = "config.json" not in found
+    for stem in ("model", UNET):
+        with contextlib.suppress(UserError):                      # transformers' name, diffusers', or none
+            source, complete = find_weights(folder, stem), True
+            pieces = shards(source)
+            found |= {path.name: path for path in pieces if path != source}
+            found[f"{stem}.safetensors" + ".index.json" * (pieces != [source])] = source
     return found if complete else {}
 
 
-def export_pipeline(target: Path, model: Path, W: dict[str, Tensor], about: dict) -> None:
+def pipeline_files(model: Path) -> tuple[dict, dict[str, Path], list[str]]:
+    """What an export of `model` holds besides the U-Net's weights: its model_index.json, {place in the new
+    folder: file}, and the parts that are not there.
+
+    Raises UserError for a part whose name leads elsewhere, and for a link to anything but the model's own
+    files: an export of a folder from the net could carry away what it points to.
+    """
+    home, files, lost = model.resolve(), {}, []                   # the hub's cache is symbolic links to blobs
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+
+    def own(path: Path) -> Path:
+        if not any(path.resolve().is_relative_to(place) for place in homes):
+            raise UserError(f"{path} leads out of the model, to {path.resolve()}: put a copy there instead")
+        return path
+
+    index = read_json(own(model / "model_index.json"))
+    for part in [name for name, kind in index.items() if isinstance(kind, list) and any(kind)] + ["clip"]:
+        if not plain_name(part):
+            raise UserError(f"{model / 'model_index.json'}: {part!r} is no plain name of a part")
+        found = part_files(model / part)                          # clip/: the judge of our own eval_clip.py
+        if not found and part in index:
+            index[part] = [None, None]
+            lost.append(part)
+        for name, path in found.items():
+            if own(path) and (part != "unet" or ".safetensors" not in name):
+                files[f"{part}/{name}"] = path
+    if (model / "defaults.json").exists():
+        files["defaults.json"] = own(model / "defaults.json")
+    return index, files, lost
+
+
+def export_pipeline(target: Path, model: Path, W: dict[str, Tensor], about: dict,
+                    link_weights: bool = False) -> None:
     """Write a folder that `StableDiffusionPipeline.from_pretrained(target)` opens: `model` with W in place of
-    those matrices. Whatever else it needs is a hard link: change those files in neither folder.
+    those matrices, and copies of the rest; with `link_weights`, the other weights are hard links.
 
     A part that model_index.json names but `model` lacks is written as absent (a download of ours has no
     safety checker). `about` goes into the U-Net's metadata. Raises UserError if `target` exists.
     """
     refuse_existing(target, "an export replaces nothing, choose another folder")
-    index = read_json(model / "model_index.json")
-    parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
+    index, files, lost = pipeline_files(model)
+    for part in lost:
+        pickle = any(path.suffix in (".bin", ".ckpt") for path in (model / part).glob("*"))
+        print(f"left out: {part}, which " + ("is there as a pickle alone" if pickle else "the model lacks"))
     with whole_folder(target) as new:
-        for part in [*parts, "clip"]:                             # clip/: the judge of our own eval_clip.py
-            found = part_files(model / part)
-            if found:
-                (new / part).mkdir()
-            elif part in parts:
-                index[part] = [None, None]
-            for name, path in found.items():
-                if part != "unet" or not name.endswith(".safetensors"):
-                    link(path, new / part / name)
-        if (model / "defaults.json").exists():
-            link(model / "defaults.json", new / "defaults.json")
+        for place, path in files.items():
+            (new / place).parent.mkdir(exist_ok=True)
+            (link if link_weights and path.suffix == ".safetensors" else shutil.copyfile)(path, new / place)
         (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        source = find_weights(model / "unet", "diffusion_pytorch_model")
-        with readable(source):
-            tensors = load_file(source) | {name: matrix.contiguous() for name, matrix in W.items()}
-        with whole(new / "unet" / "diffusion_pytorch_model.safetensors") as temporary:
+        _, tensors = read_tensors(model / "unet", UNET)
+        tensors |= {name: matrix.contiguous() for name, matrix in W.items()}
+        with whole(new / "unet" / f"{UNET}.safetensors") as temporary:
             save_file(tensors, temporary, {"edit": json.dumps(about)})
     print(f"wrote {target}/ for diffusers")
 
@@ -75,25 +108,35 @@ def low_rank(W0: dict[str, Tensor], W: dict[str, Tensor], rank: int) -> tuple[di
     return factors, (missed / moved) ** 0.5
 
 
-def write_lora(folder: Path, W0: dict[str, Tensor], W: dict[str, Tensor], rank: int, about: dict) -> float:
-    """Write lora_rank<r>.safetensors for diffusers' `load_lora_weights` and lora_rank<r>_kohya.safetensors
-    for web UIs. Print and return the relative error. Raises UserError if rank < 1 or one of them exists."""
+def lora_files(folder: Path, name: str, rank: int) -> dict[str, Path]:
+    """Where the LoRA of the edit `name` goes, for web UIs and for diffusers. Raises UserError if rank < 1 or
+    one of the files exists."""
     if rank < 1:
         raise UserError(f"the LoRA's rank must be at least 1, not {rank}")
-    paths = [folder / f"lora_rank{rank}{ending}.safetensors" for ending in ("", "_kohya")]
-    for path in paths:
+    paths = {who: folder / f"{name}-rank{rank}-{who}.safetensors" for who in ("webui", "diffusers")}
+    for path in paths.values():
         refuse_existing(path, "move it away first")
-    factors, error = low_rank(W0, W, rank)
-    plain, kohya = {}, {}
-    for name, (B, A) in factors.items():
-        layer = name.removesuffix(".weight")
-        plain |= {f"unet.{layer}.lora_A.weight": A, f"unet.{layer}.lora_B.weight": B}
+    return paths
+
+
+def write_lora(folder: Path, name: str, W0: dict[str, Tensor], W: dict[str, Tensor], rank: int,
+               about: dict) -> float:
+    """Write <name>-rank<r>-webui.safetensors, in kohya's spelling, and <name>-rank<r>-diffusers.safetensors,
+    of which web UIs load nothing. Print and return the relative error. Raises UserError like `lora_files`."""
+    paths, (factors, error) = lora_files(folder, name, rank), low_rank(W0, W, rank)
+    tensors = {"webui": {}, "diffusers": {}}
+    for layer, (B, A) in factors.items():
+        layer = layer.removesuffix(".weight")
+        tensors["diffusers"] |= {f"unet.{layer}.lora_A.weight": A, f"unet.{layer}.lora_B.weight": B}
         layer = "lora_unet_" + layer.replace(".", "_")
         # no alpha: everybody takes its absence for scale 1, and diffusers misreads it where ranks differ
-        kohya |= {f"{layer}.lora_down.weight": A, f"{layer}.lora_up.weight": B}
+        tensors["webui"] |= {f"{layer}.lora_down.weight": A, f"{layer}.lora_up.weight": B}
     folder.mkdir(exist_ok=True)
-    for path, tensors in zip(paths, (plain, kohya)):
+    for who, path in paths.items():
         with whole(path) as temporary:
-            save_file(tensors, temporary, {"edit": json.dumps(about | {"LoRA rank": rank, "error": error})})
-    print(f"LoRA of rank {rank}: relative error {error:.2g}")
+            save_file(tensors[who], temporary, {"edit": json.dumps(about | {"LoRA rank": rank, "error": error})})
+    print(f"LoRA of rank {rank}: relative error {error:.2g}\n"
+          f"  {paths['webui'].name}: for web UIs (ComfyUI, A1111) and kohya's scripts\n"
+          f"  {paths['diffusers'].name}: for diffusers' load_lora_weights; a web UI loads nothing of it and "
+          "erases nothing")
     return error

@@ -5,14 +5,16 @@
 From the hub only what our networks read is downloaded, once, with a progress bar: no pickles, no checker,
 weights in half precision only where a repository has no others. What the hub's cache holds needs no network.
 """
+import dataclasses
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
 
 from plumbing import UserError, single_file
-from plumbing.disk import read_json, readable
-from plumbing.weights import beside
+from plumbing.disk import readable
+from plumbing.weights import beside, read_config
 
 MINI = str(Path(__file__).resolve().parents[1] / "mini")                        # the default model
 
@@ -28,32 +30,72 @@ def model_folder(name: str, flag: str = "--model") -> Path:
     if path.is_file():
         check_single_file(path, flag)
         return path
+    if path.suffix in (".safetensors", ".ckpt"):
+        raise UserError(f"{flag} {name}: no such file")
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(f"{flag} {name}: no such folder, nor a hub id like CompVis/stable-diffusion-v1-4")
     try:
-        return download(name)
+        folder = download(name)
     except Exception as error:                                    # no network, no permission, unknown id, …
         why = "no network, and the cache lacks some of it" if isinstance(error, FileNotFoundError) else \
             f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
-        raise UserError(f"{flag} {name} could not be downloaded ({why}); give the folder of a model that you "
-                        "have") from None
+        raise UserError(f"{flag} {name}: no such folder here, and as a hub id it could not be downloaded "
+                        f"({why}); give the folder of a model that you have") from None
+    if lost := lacking(folder):
+        raise UserError(f"{flag} {name}: {folder} is incomplete, as it lacks {lost}. Run it again with a network "
+                        "to download the rest, if the repository has it in safetensors")
+    return folder
+
+
+def lacking(folder: Path) -> str:
+    """What a model or a CLIP in the hub's cache does not have, "" if it has all."""
+    clip = (folder / "config.json").exists() and not (folder / "model_index.json").exists()
+    wanted = [f"{stem}*.safetensors" for stem in (WEIGHTS[3:] if clip else WEIGHTS[:3])]
+    wanted += [] if clip else ["scheduler/scheduler_config.json", "tokenizer/*"]
+    return next((name for name in wanted if not any(path.exists() for path in folder.glob(name))), "")
+
+
+def model_name(model: str) -> str:
+    """What files that travel say of --model: a folder's own name, without where it lies, or the hub's id."""
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def check_single_file(path: Path, flag: str) -> None:
     """It must hold all networks of SD v1 under their original names, or else a UserError says what to do."""
+    refuse_pickle(path, flag)
+    with readable(path), safe_open(path, "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    if what := single_file.what_else(shapes):
+        raise UserError(f"{flag} {path} is {what}")
+
+
+def refuse_pickle(path: Path, flag: str) -> None:
     if path.suffix != ".safetensors":
         raise UserError(f"{flag} {path} is no .safetensors file; a pickle can run code: convert it first")
-    with readable(path), safe_open(path, "pt") as file:
-        absent = single_file.absent_parts(file.keys())
-    if absent:
-        raise UserError(f"{flag} {path} is not SD v1 in a single file (no key begins with {absent[0]}); "
-                        "other models are read as folders in the diffusers layout")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a model draws with if nobody says otherwise: SD's numbers."""
+    guidance: float = 7.5
+    steps: int = 50
+    size: int = 512
+
+
+def vae_folder(name: str | Path) -> Path:
+    """Of --vae: a VAE's folder or a whole model's, or a file that holds a VAE alone or among others."""
+    path = Path(name)
+    if path.is_file():
+        refuse_pickle(path, "--vae")
+    elif not path.is_dir():
+        raise UserError(f"--vae {name}: no such folder or file")
+    return path / "vae" if path.is_file() or (path / "vae").is_dir() else path
 
 
 def defaults(folder: Path) -> dict:
-    """Guidance, steps and picture size of a model: its `defaults.json`, or SD's 7.5, 50 and 512."""
-    path = beside(folder / "defaults.json")
-    return {"guidance": 7.5, "steps": 50, "size": 512} | (read_json(path) if path.exists() else {})
+    """Guidance, steps and picture size of a model: its `defaults.json`, or SD's."""
+    there = beside(folder / "defaults.json").exists()
+    return dataclasses.asdict(read_config(folder, Defaults, {}, "defaults.json") if there else Defaults())
 
 
 def fingerprint(folder: Path) -> str:
@@ -85,6 +127,7 @@ def tokenizer_folder(model: Path) -> Path:
 SD = "CompVis/stable-diffusion-v1-4"
 PINNED = {SD: "133a221b8aa7292a167afc5127cb63fb5005638b"}         # results must not change with the branch
 SETTINGS = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*", "defaults.json",
+            "*/*.safetensors.index.json",                         # of weights in several files: shards
             "config.json", "vocab.json", "merges.txt", "tokenizer_config.json",
             "special_tokens_map.json"]                            # the last five: CLIP's own
 WEIGHTS = ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "model"]
@@ -105,7 +148,8 @@ def download(name: str) -> Path:
         folder = snapshot(name, SETTINGS + full)
     except FileNotFoundError:                                     # no network: the cache may have the others
         return snapshot(name, SETTINGS + half, cached=True)
-    missing = [twin for path, twin in zip(full, half)
+    missing = [path.replace(".s", "-*.s") if (folder / f"{path}.index.json").exists() else twin
+               for path, twin in zip(full, half)
                if (folder / path).with_name("config.json").exists() and not (folder / path).exists()]
     return snapshot(name, SETTINGS + missing) if missing else folder
 

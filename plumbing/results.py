@@ -146,8 +146,7 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
     if rows:
         settings["rows"] = base_hash(rows)
     results = Results(folder, settings, clip.config.projection_dim)
-    side = model.defaults["size"] // model.vae.factor
-    batch, jobs = batch or max(1, 8192 // side ** 2), list(dict.fromkeys(jobs))
+    batch, jobs = batch or model.batch, list(dict.fromkeys(jobs))
     if (taken := results.take_over(jobs, reuse)) and RANK == 0:
         print(f"{what}: {taken} of {len(jobs)} pictures are known from earlier runs")
     blocks = [jobs[i:i + batch] for i in range(0, len(jobs), batch)]

@@ -11,12 +11,16 @@ from torch import Tensor
 PARTS = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
          "text_encoder": "cond_stage_model.transformer."}         # the text encoder's names are today's
 
-# No weights of the networks: the noise schedule, and the U-Net's running mean (EMA), which training keeps
-# beside the U-Net. Releases that are made for drawing hold that mean in the U-Net's place.
-IGNORED = ("model_ema.", "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
-           "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
-           "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
-           "posterior_mean_coef1", "posterior_mean_coef2")
+# What lies among the networks' tensors without being theirs: leftovers of training. What begins like no network
+# is not looked at: the noise schedule, the U-Net's running mean (EMA), LoRAs and embeddings merged long ago, …
+# Releases that are made for drawing hold that mean in the U-Net's place.
+IGNORED = ("loss.", "model_ema.", "text_projection", "logit_scale")
+OTHERS = {"cond_stage_model.model.": "Stable Diffusion 2: give it as a folder in the diffusers layout",
+          "conditioner.embedders.": "SDXL, which is not supported",
+          "model.diffusion_model.joint_blocks.": "Stable Diffusion 3, which is not supported"}
+CHANNELS = {8: "an InstructPix2Pix model, which is not supported",           # what the U-Net takes; SD v1: 4
+            9: "an inpainting model, which is not supported"}
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 
 UNET = {"time_embed.0.": "time_embedding.linear_1.", "time_embed.2.": "time_embedding.linear_2.",
         "input_blocks.0.0.": "conv_in.", "middle_block.0.": "mid_block.resnets.0.",
@@ -51,22 +55,30 @@ INSIDE = {                                                        # what they go
     "text_encoder": {}}
 
 
-def absent_parts(keys) -> list[str]:
-    """The prefixes of networks that no key begins with: none, if the keys are those of SD v1."""
-    keys = list(keys)
-    return [prefix for prefix in PARTS.values() if not any(key.startswith(prefix) for key in keys)]
+def what_else(shapes: dict[str, list[int]]) -> str:
+    """What a file with tensors of these shapes is if not SD v1, in a few words; "" if it is."""
+    for prefix, name in OTHERS.items():
+        if any(key.startswith(prefix) for key in shapes):
+            return name
+    absent = [prefix for prefix in PARTS.values() if not any(key.startswith(prefix) for key in shapes)]
+    if absent:
+        return f"not SD v1 in a single file: no key begins with {absent[0]}"
+    return CHANNELS.get(shapes.get(CONV_IN, [0, 4])[1], "")
 
 
 def part_of(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     """One network's tensors ("unet", "vae" or "text_encoder") by the names that they have in a model folder.
 
-    A key of no network that is not in IGNORED either stays as it is, so that strict loading can complain.
+    A file without any of the networks' prefixes holds a VAE alone, in the original names or in today's. An
+    unknown key inside the network stays as it is, so that strict loading can complain.
     """
-    found = {}
+    prefix, found = PARTS[part], {}
+    if part == "vae" and not any(key.startswith(tuple(PARTS.values())) for key in tensors):
+        prefix = ""
     for key, tensor in tensors.items():
-        name = key.removeprefix(PARTS[part])
-        if name == key and key.startswith((*PARTS.values(), *IGNORED)):
-            continue                                              # another network's, or no weight
+        name = key.removeprefix(prefix)
+        if not key.startswith(prefix) or name.startswith(IGNORED):
+            continue
         begin = max((old for old in BEGINNINGS[part] if name.startswith(old)), key=len, default="")
         name = BEGINNINGS[part].get(begin, "") + name.removeprefix(begin)
         for old, new in INSIDE[part].items():

@@ -1,14 +1,13 @@
 """Intervals, distances of clouds, rank correlation; tables as JSON, CSV and Markdown."""
 import csv
 import io
-import json
 import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from plumbing.disk import whole
+from plumbing.disk import whole, write_json
 
 
 def wilson(mean: float, n: int) -> tuple[float, float]:
@@ -70,10 +69,9 @@ def as_csv(rows: list[dict]) -> str:
 
 def write_tables(out: Path, name: str, rows: list[dict]) -> None:
     """`rows` as name.json, name.csv and name.md."""
-    texts = {"json": json.dumps(rows, indent=1, ensure_ascii=False) + "\n", "csv": as_csv(rows),
-             "md": as_markdown(rows)}
     out.mkdir(parents=True, exist_ok=True)
-    for ending, text in texts.items():
+    write_json(out / f"{name}.json", rows, indent=1)
+    for ending, text in {"csv": as_csv(rows), "md": as_markdown(rows)}.items():
         with whole(out / f"{name}.{ending}") as temporary:
             temporary.write_text(text, encoding="utf-8")
 

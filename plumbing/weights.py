@@ -5,6 +5,7 @@ A single file in the original form stands for a folder: dream.safetensors/unet i
 folder has in unet/.
 """
 import dataclasses
+import re
 from pathlib import Path
 
 import torch
@@ -17,11 +18,15 @@ from plumbing.disk import read_json, readable
 
 
 def read_config(folder: Path, config_class, supported: dict, file: str = "config.json", section: str = ""):
-    """A `config_class` from a folder's JSON: absent keys keep their defaults, newer keys are ignored, a value
-    outside `supported` (key -> the tuple of what the network implements) is an error that names it."""
+    """A `config_class` from a folder's JSON: absent keys keep their defaults, newer keys are ignored. A value
+    outside `supported` (key -> the tuple of what the network implements), of another type, or outside what
+    its field's type can mean here is an error that names it: no size or scale is 0, negative or gigantic."""
     path = beside(folder / file)
-    values = read_json(path) if path.exists() or path == folder / file else {}    # a single file is SD v1
+    # a single file is SD v1; in a DPM++ scheduler's file lambda_min_clipped, which we do not read, is -Infinity
+    values = read_json(path, infinite=True) if path.exists() or path == folder / file else {}
     values = values.get(section, {}) if section else values
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: {section} should be a JSON object")
     for key, allowed in supported.items():
         if key in values and values[key] not in allowed:
             raise UserError(f"{path}: {key} = {values[key]!r} is not supported "
@@ -30,8 +35,14 @@ def read_config(folder: Path, config_class, supported: dict, file: str = "config
     for field in dataclasses.fields(config_class):
         value = values.get(field.name, field.default)
         value = tuple(value) if isinstance(value, list) else value
-        if not isinstance(value, (int, float) if field.type is float else field.type):
+        if not isinstance(value, (int, float) if field.type is float else field.type) or \
+                isinstance(value, bool) and field.type is not bool:
             raise UserError(f"{path}: {field.name} = {value!r} is not supported (the type differs)")
+        least = 0 if field.name == "steps_offset" else 1 if field.type is int else 1e-12
+        most = 100 if "layers" in field.name else 10 ** 6
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) in (int, float) and not least <= number <= most:
+                raise UserError(f"{path}: {field.name} = {value!r} is not supported (only {least} … {most})")
         chosen[field.name] = value
     return config_class(**chosen)
 
@@ -43,13 +54,15 @@ def beside(path: Path) -> Path:
 
 
 def find_weights(folder: str | Path, stem: str) -> Path:
-    """`stem.safetensors`, or the official half-precision twin `stem.fp16.safetensors`, or the single file."""
+    """`stem.safetensors`, or the index of its shards, or the official half-precision twin of either, or the
+    single file."""
     folder = Path(folder)
     if folder.parent.is_file():
         return folder.parent
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; a model has tokenizer, text_encoder, unet, vae, scheduler")
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.fp16.safetensors",
+                 f"{stem}.safetensors.index.fp16.json"):
         if (folder / name).exists():
             return folder / name
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt", ".pth"))
@@ -60,16 +73,52 @@ def find_weights(folder: str | Path, stem: str) -> Path:
     raise UserError(f"{folder} has no {stem}.safetensors")
 
 
+def plain_name(name) -> bool:
+    """Is it the name of a file or folder and no more, so that it cannot lead anywhere else?"""
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.+-]*", name) is not None
+
+
+def shards(path: Path) -> list[Path]:
+    """The files that hold what `path` stands for: itself, or those that an index names."""
+    if path.suffix != ".json":
+        return [path]
+    names = read_json(path).get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else [None]
+    if not all(plain_name(name) and name.endswith(".safetensors") for name in names):
+        raise UserError(f"{path}: weight_map must name .safetensors files that lie beside it")
+    return [path.with_name(name) for name in sorted(set(names))]
+
+
 def read_tensors(folder: str | Path, stem: str) -> tuple[Path, dict[str, Tensor]]:
-    """The weights' path, and its tensors by the names of a model folder, memory-mapped: read when used."""
-    path = find_weights(folder, stem)
-    with readable(path):
-        tensors = load_file(path)
+    """The weights' path, and its tensors by the names of a model folder, memory-mapped: read when used.
+
+    Tensors in 8 bits become float16, which holds them exactly: so does an edit of them.
+    """
+    path, tensors = find_weights(folder, stem), {}
+    for file in shards(path):
+        with readable(file):
+            tensors |= load_file(file)
+    tensors = {key: tensor.half() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+               for key, tensor in tensors.items()}
     return path, single_file.part_of(tensors, Path(folder).name) if path == Path(folder).parent else tensors
 
 
 def finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=torch.float32).isfinite())       # one pass: NaN and infinity survive a sum
+
+
+def check_tensors(what: str | Path, tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Every tensor that is read passes here: of a name and shape in `shapes`, floating point, finite. Raises
+    UserError naming the first that is not, and how many."""
+    known = {name: tensor for name, tensor in tensors.items() if name in shapes}
+    real = {name: tensor for name, tensor in known.items() if tensor.is_floating_point()}
+    for problem, names in {"has unknown": tensors.keys() - known.keys(),
+                           "has the wrong shape for": {n for n in known if shapes[n] != known[n].shape},
+                           "has no floating-point numbers in": known.keys() - real.keys(),
+                           "has NaN or infinity in": {n for n in real if not finite(real[n])}}.items():
+        if names:
+            raise UserError(f"{what} {problem} {min(names)}"
+                            + f" and {len(names) - 1} more" * (len(names) > 1))
 
 
 class NoInit(TorchFunctionMode):
@@ -88,16 +137,16 @@ def load_network(network_class, config, folder, stem, dtype, device, rename=lamb
     missing, extra, misshapen or non-finite tensor is a UserError that names it.
     """
     path, tensors = read_tensors(folder, stem)
-    with torch.device("meta"), NoInit():                          # shapes only: no random numbers, no memory
-        network = network_class(config)
+    try:
+        with torch.device("meta"), NoInit():                      # shapes only: no random numbers, no memory
+            network = network_class(config)
+    except (ValueError, RuntimeError, ZeroDivisionError, IndexError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}/config.json: its numbers do not fit each other ({error})") from None
     tensors = {rename(key): tensor for key, tensor in tensors.items() if rename(key) is not None}
     wanted = {key: tensor.shape for key, tensor in network.state_dict().items()}
-    both = wanted.keys() & tensors.keys()
-    for problem, keys in {"lacks": wanted.keys() - both, "has unknown": tensors.keys() - both,
-                          "has the wrong shape for": {k for k in both if wanted[k] != tensors[k].shape},
-                          "has NaN or infinity in": {k for k in both if not finite(tensors[k])}}.items():
-        if keys:
-            raise UserError(f"{path} {problem} {min(keys)}" + f" and {len(keys) - 1} more" * (len(keys) > 1))
+    if absent := wanted.keys() - tensors.keys():
+        raise UserError(f"{path} lacks {min(absent)}" + f" and {len(absent) - 1} more" * (len(absent) > 1))
+    check_tensors(path, tensors, wanted)
     network.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 

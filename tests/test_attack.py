@@ -11,7 +11,7 @@ import types
 import PIL.Image
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from clip_text import CLIPTextConfig, CLIPTextModel
@@ -362,6 +362,19 @@ def test_interrupted_and_gone_on_from_is_the_same_and_nothing_is_done_twice(here
     assert (work / "again/grid.png").read_bytes() == (work / "out/attack/one/grid.png").read_bytes()
     tokens = table(work / "again")[5]["candidates"]
     assert len(set(drawn)) == len(drawn) == first + (5 + 1) + 1 + (tokens + 1 if tokens > 1 else 1)
+
+
+def test_damaged_findings_are_named_and_not_drawn(refused, work, monkeypatch):
+    shutil.copytree(work / "out/attack/one", work / "damaged")
+    path, = (work / "damaged").glob("found/*/vector.safetensors")
+    good = load_file(path)
+    args = ["--edit", "one", *QUICK, "--attack", "vector", "--out", "damaged"]
+    for tensors, match in (({k: x * float("nan") for k, x in good.items()}, "NaN"),
+                           ({k: x[1:].contiguous() for k, x in good.items()}, "wrong shape")):
+        save_file(tensors, path)
+        refused("experiments/attack.py", *args, cwd=work, match=f"vector.safetensors has .*{match}")
+    path.write_bytes(b"nothing")
+    refused("experiments/attack.py", *args, cwd=work, match="vector.safetensors cannot be read")
 
 
 def test_another_budget_starts_anew_and_the_first_is_still_there(here, work, monkeypatch):

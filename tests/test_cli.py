@@ -1,15 +1,21 @@
 """Devices, errors as one line, and texts in UTF-8."""
 import ast
+import errno
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from helpers import ROOT
+from helpers import AIRPLANE, CLOSED, ENV, ROOT
 from plumbing import UserError
 from plumbing.cli import command_line, edit_name, pick_device, slug
+from plumbing.disk import whole_folder
 
 
 def test_cuda_is_the_processs_own_gpu_and_mps_must_be_asked_for(monkeypatch):
@@ -68,3 +74,45 @@ def test_texts_are_utf_8_wherever_they_go(tmp_path):
                           env=os.environ | {"PYTHONIOENCODING": "cp1252"})
     assert "‖Δe‖/‖e‖  prompt" in done.stdout.decode("utf-8"), done.stderr
     assert "a café → a bar" in done.stdout.decode("utf-8")
+
+
+@pytest.mark.parametrize("error, match", [
+    (OSError(errno.ENAMETOOLONG, "File name too long", "out/x"), "out/x: File name too long"),
+    (OSError(errno.ELOOP, "Too many levels of symbolic links", "out/x"), "symbolic links"),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left"),
+    (MemoryError(), "not enough memory")], ids=["name", "loop", "disk", "memory"])
+def test_what_the_system_refuses_is_one_line(error, match, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as end:
+        command_line(main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and re.fullmatch(f"error: .*{match}.*\n", said), said
+
+
+def test_arguments_that_are_not_utf_8_are_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", os.fsdecode(b"caf\xe9")])
+    with pytest.raises(SystemExit) as end:
+        command_line(lambda: print("drawn"))
+    assert end.value.code == 2 and capsys.readouterr().err == "error: an argument is not UTF-8\n"
+
+
+def test_sigterm_leaves_nothing_hidden_behind(tmp_path, capsys):
+    def main():
+        with whole_folder(tmp_path / "edit"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+    with pytest.raises(SystemExit) as end:
+        command_line(main)
+    assert end.value.code == 130 and not list(tmp_path.iterdir()) and "interrupted" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_takes_no_edit_along(tmp_path):
+    """As `python realera.py … | head -1`."""
+    command = [sys.executable, ROOT / "realera.py", *AIRPLANE, *CLOSED, "--out", "edit"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait() == 0 and "Traceback" not in said and "BrokenPipe" not in said, said
+    assert sorted(path.name for path in tmp_path.glob("edit/*")) == ["erased.safetensors", "run.json"]

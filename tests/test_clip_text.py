@@ -181,11 +181,76 @@ def test_length_comes_from_the_settings(folder, tmp_path):
         return CLIPTokenizer.from_pretrained(tmp_path)(["a cat " * 99]).shape[1]
     assert length(model_max_length=16) == 16
     assert length(model_max_length=1000000000000000019884624838656) == 77      # "no limit"
+    assert length(model_max_length=None) == length(model_max_length=8192) == 77
+    for bad in (0, -1, 2, "77", True, [77]):
+        with pytest.raises(UserError, match="model_max_length"):
+            length(model_max_length=bad)
     (tmp_path / "tokenizer_config.json").unlink()
     assert CLIPTokenizer.from_pretrained(tmp_path)(["a cat " * 99]).shape[1] == 77
 
 
+# ---- words that textual inversion added ----
+
+ADDED = {"<toy>": 664, "<toy>_1": 665, "<Van-Gogh>": 666, "kitty": 667}
+
+
+def write_added(folder, style):
+    """A vocabulary and four words of its owner, as different libraries and versions save them."""
+    write_vocabulary(folder)
+    if style.startswith("added_tokens.json"):
+        (folder / "added_tokens.json").write_text(json.dumps(ADDED))
+        if style.endswith("special"):
+            edit_json(folder / "special_tokens_map.json", additional_special_tokens=["<Van-Gogh>", "<toy>"])
+        return folder
+    flags = {"lstrip": False, "rstrip": False, "single_word": False}
+    listed = {str(i): {"content": word, "normalized": word != "<Van-Gogh>", "special": word == "kitty",
+                       **flags} for word, i in ADDED.items()}
+    if style != "decoder, new words alone":
+        listed |= {"662": {"content": BOS, "normalized": True, "special": True} | flags,
+                   "663": {"content": EOS, "normalized": False, "special": True} | flags}
+    edit_json(folder / "tokenizer_config.json", added_tokens_decoder=listed)
+    return folder
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+@pytest.mark.parametrize("style", ["added_tokens.json", "added_tokens.json, special", "decoder",
+                                   "decoder, new words alone"])
+def test_added_words_have_the_ids_of_transformers(style, saved_again, tmp_path):
+    theirs = reference(folder := write_added(tmp_path, style))
+    if saved_again:
+        theirs.save_pretrained(folder := tmp_path / "again")
+    ours = CLIPTokenizer.from_pretrained(folder)
+    texts = ["a <toy> on the moon", "<TOY>", "a<toy>_1b", "<toy><toy>_1!", "by <Van-Gogh>", "by <van-gogh>",
+             "kitty kittykitty KITTY", " <toy>", "<toy> " * 50]
+    assert ours(texts).tolist() == theirs(texts, padding="max_length", truncation=True,
+                                          max_length=77)["input_ids"]
+    assert ours(["a <toy>"])[0, 2] == 664
+    agree(ours, theirs)
+
+
+@pytest.mark.parametrize("added", [{"<toy>": 700}, {"<toy>": "x"}, {"<toy>": None}], ids=str)
+def test_added_words_that_do_not_fit_are_refused(added, tmp_path):
+    (write_vocabulary(tmp_path) / "added_tokens.json").write_text(json.dumps(added))
+    refuses(tmp_path, str(tmp_path) if added["<toy>"] != 700 else "cannot have the id 700")
+
+
+def test_tokenizer_json_without_begin_and_end_gets_them(folder, tmp_path):
+    """Its post-processor, which adds them, may be lacking; transformers builds its own, too."""
+    reference(folder).save_pretrained(tmp_path)
+    edit_json(tmp_path / "tokenizer.json", post_processor=None)
+    agree(CLIPTokenizer.from_pretrained(tmp_path), reference(tmp_path))
+
+
 # ---- bad folders of a tokenizer ----
+
+@pytest.mark.parametrize("kept", [149, 75, 0])
+def test_merges_cut_off_at_the_end_of_a_line(kept, tmp_path):
+    """Every line left is whole, but words fall into other tokens."""
+    path = write_vocabulary(tmp_path) / "merges.txt"
+    path.write_text("".join(path.read_text("utf-8").splitlines(keepends=True)[:1 + kept]), "utf-8")
+    refuses(tmp_path, "merges.txt", "cut off", repr("".join(MERGES[kept])))
+
+
 
 def refuses(folder, *words):
     with pytest.raises(UserError) as caught:

@@ -81,6 +81,25 @@ def test_folder_decides_and_unknown_schedules_are_refused(tmp_path):
             read(**{key: value})
 
 
+SAVED = ["DDIM", "DDPM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete",
+         "KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep",
+         "UniPCMultistep"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", SAVED)
+def test_whatever_sampler_a_folder_was_saved_with_ours_draws(name, tmp_path, capsys):
+    """The noise schedule is the same; only the times between which a sampler goes differ."""
+    theirs = getattr(diffusers, f"{name}Scheduler").from_config(SD | {"clip_sample": False})
+    theirs.register_to_config(clip_sample=False, skip_prk_steps=True)
+    theirs.save_pretrained(tmp_path)
+    ours = Scheduler.from_pretrained(tmp_path)
+    assert torch.equal(ours.alphas_cumprod, ALPHAS) and ours.timesteps(50) == Scheduler().timesteps(50)
+    said = capsys.readouterr().err
+    assert ("our own DDIM draws" in said) == (theirs.config.get("timestep_spacing") == "linspace")
+    assert said.count("\n") <= 1 and said[:9] in ("", "warning: ")
+
+
 def test_impossible_step_counts_are_refused():
     for steps in (0, -3, 1001):
         with pytest.raises(UserError, match="steps"):

@@ -1,10 +1,13 @@
 """Whole files and folders or none."""
+import contextlib
 import os
 
 import pytest
 
+from helpers import AIRPLANE, CLOSED
+from plumbing import UserError
 from plumbing.cli import command_line
-from plumbing.disk import link, whole, whole_folder
+from plumbing.disk import link, read_json, whole, whole_folder, write_json
 
 
 def test_what_fails_takes_nothing_of_another_run_along(tmp_path):
@@ -44,3 +47,64 @@ def test_a_disk_without_hard_links_gets_copies(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("picture")
     link(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "picture"
+
+
+def test_two_commands_with_one_folder_the_second_is_refused_at_once(refused, tmp_path):
+    with whole_folder(tmp_path / "out/both") as new:
+        (new / "half").write_text("the first one's")
+        refused("realera.py", *AIRPLANE, *CLOSED, "--out", "out/both", cwd=tmp_path,
+                match="being written by another command")
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == [
+        "out", "out/both", "out/both/half"]
+
+
+def test_killed_between_its_two_renames_the_old_edit_comes_back(tmp_path):
+    """--overwrite moves the old folder aside, then the new one in: a kill can fall between."""
+    old = tmp_path / ".edit.old"
+    old.mkdir()
+    (old / "erased.safetensors").write_text("precious")
+    with pytest.raises(UserError, match="exists"), whole_folder(tmp_path / "edit"):
+        pass
+    assert (tmp_path / "edit/erased.safetensors").read_text() == "precious" and not old.exists()
+    old.mkdir()
+    with pytest.raises(ValueError), whole_folder(tmp_path / "edit", overwrite=True):
+        raise ValueError
+    assert [path.name for path in tmp_path.iterdir()] == ["edit"]
+
+
+def test_what_safetensors_leaves_behind_is_cleared(tmp_path):
+    for _ in range(2):                                            # a killed run, then one that ends well
+        with contextlib.suppress(OSError), whole(tmp_path / "a.safetensors") as temporary:
+            (temporary.parent / ".tmpAbC").write_text("half of it")
+            raise OSError
+    with whole(tmp_path / "a.safetensors") as temporary:
+        temporary.write_text("all of it")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("text, match", [
+    ("[" * 100_000, "not valid JSON"), ('{"a": NaN}', "finite"), ('{"a": -Infinity}', "finite"),
+    ('{"a": 1e999}', "finite"), ('{"a": ' + "9" * 5000 + "}", "not valid JSON"), ("[1]", "JSON object"),
+    ('{"a": 1', "not valid JSON")], ids=str.__len__)
+def test_odd_json_is_one_line(text, match, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=match):
+        read_json(tmp_path / "run.json")
+
+
+def test_no_json_with_nan_is_written(tmp_path):
+    with pytest.raises(UserError, match="not finite"):
+        write_json(tmp_path / "a.json", {"loss": [float("nan")]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_symbolic_link_is_never_overwritten(tmp_path):
+    (tmp_path / "edit").mkdir()
+    (tmp_path / "edit/erased.safetensors").touch()
+    (tmp_path / "link").symlink_to("edit")
+    (tmp_path / "broken").symlink_to("nowhere")
+    for name in ("link", "broken"):
+        with pytest.raises(UserError, match="no edit folder"), whole_folder(tmp_path / name, overwrite=True):
+            pass
+    with pytest.raises(UserError, match="exists"), whole_folder(tmp_path / "broken"):
+        pass

@@ -23,14 +23,13 @@ from unet import UNet
 
 @pytest.fixture
 def model(tmp_path):
-    """A copy of mini/ without its CLIP."""
-    shutil.copytree(MINI, tmp_path / "model",
-                    ignore=shutil.ignore_patterns("clip", "work", "*.py", "*.png", "*.md", "*.svg"))
-    return tmp_path / "model"
+    """A copy of mini/ without its CLIP, where the hub's cache would have it."""
+    return Path(shutil.copytree(MINI, tmp_path / "models--some--mini/snapshots/0123", ignore=shutil.ignore_patterns(
+        "clip", "work", "next", "*.py", "*.png", "*.md", "*.svg")))
 
 
-def test_export_takes_no_twin_no_pickle_and_no_missing_part(edits, model, monkeypatch):
-    """A folder like a hub's cache: links, half-precision files only, a safety checker without weights."""
+def test_export_takes_no_twin_no_pickle_and_no_missing_part(edits, model, monkeypatch, capsys):
+    """A folder of the hub's cache: links, half-precision files only, a safety checker without weights."""
     for part in ("text_encoder", "vae", "unet"):
         path = next((model / part).glob("*.safetensors"))
         path.rename(path.with_suffix(".fp16.safetensors"))
@@ -43,18 +42,25 @@ def test_export_takes_no_twin_no_pickle_and_no_missing_part(edits, model, monkey
     index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
               "feature_extractor": ["transformers", "CLIPImageProcessor"]}
     (model / "model_index.json").write_text(json.dumps(index))
-    blob = model.parent / "blob"
-    (model / "vae/config.json").rename(blob)
-    (model / "vae/config.json").symlink_to("../../blob")
+    blob = model.parents[1] / "blobs/4567"
+    blob.parent.mkdir()
+    for name in ("config.json", "diffusion_pytorch_model.fp16.safetensors"):
+        (model / "vae" / name).rename(blob.with_name(name))
+        (model / "vae" / name).symlink_to(f"../../../blobs/{name}")
     W = read_edit(edits / "a", model)
-    for how in ("links", "copies"):
-        if how == "copies":
+    for how in ("links", "copies", "no links there"):
+        if how == "no links there":
             monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "another disk")))
-        new = model.parent / how
-        export_pipeline(new, model, W, {})
-        assert os.path.samefile(new / "vae/config.json", blob) == (how == "links")
-        assert not (new / "vae/config.json").is_symlink()
-        assert (new / "vae/config.json").read_bytes() == blob.read_bytes()
+        new = model.parents[2] / how
+        export_pipeline(new, model, W, {}, how != "copies")
+        said = capsys.readouterr().out
+        assert "left out: safety_checker, which is there as a pickle alone" in said
+        assert "left out: feature_extractor, which the model lacks" in said
+        assert os.path.samefile(new / "vae/diffusion_pytorch_model.safetensors", blob.with_name(
+            "diffusion_pytorch_model.fp16.safetensors")) == (how == "links")
+        assert not os.path.samefile(new / "vae/config.json", blob.with_name("config.json"))
+        assert not [path for path in new.rglob("*") if path.is_symlink()]
+        assert (new / "vae/config.json").read_bytes() == blob.with_name("config.json").read_bytes()
         found = sorted(str(path.relative_to(new)) for path in new.rglob("*") if path.is_file())
         assert [path for path in found if not path.startswith("tokenizer")] == [
             "defaults.json", "model_index.json", "scheduler/scheduler_config.json",
@@ -64,6 +70,22 @@ def test_export_takes_no_twin_no_pickle_and_no_missing_part(edits, model, monkey
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(new)
         assert pipe.safety_checker is None and pipe.feature_extractor is None
         assert same({k: v.half() for k, v in pipe.unet.state_dict().items()}, load_file(new / UNET))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_model_in_several_files_is_exported(edits, model, tmp_path, variant):
+    before = load_file(model / "vae/diffusion_pytorch_model.safetensors")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, dtype=torch.float16)
+    for path in model.rglob("*.safetensors"):
+        path.unlink()
+    pipe.save_pretrained(model, max_shard_size="500KB", variant=variant)
+    assert len(list((model / "vae").glob("*.safetensors"))) > 1 < len(list((model / "unet").glob("*.safet*rs")))
+    W = read_edit(edits / "a", model)
+    export_pipeline(tmp_path / "new", model, W, {})
+    assert [path.name for path in (tmp_path / "new/unet").glob("*.safetensors*")] == [Path(UNET).name]
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "new", dtype=torch.float16)
+    assert same(pipe.unet.state_dict(), load_file(MINI / UNET) | W)
+    assert same(pipe.vae.state_dict(), {key: tensor.half() for key, tensor in before.items()})
 
 
 # ---- LoRA files ----
@@ -105,10 +127,10 @@ def test_few_edited_rows_are_a_lora_of_that_rank_with_one_shared_A(text, rows, r
         assert low_rank(W0, realera.edited(W0, delta), 1)[1] > 0.01
 
 
-@pytest.mark.parametrize("ending", ["", "_kohya"])
+@pytest.mark.parametrize("ending", ["diffusers", "webui"])
 def test_diffusers_draws_the_edit_from_the_untouched_model_and_the_lora(edits, pipe, text, tmp_path, ending):
     W0, W = cross_attention(MINI), read_edit(edits / "a", MINI)
-    write_lora(tmp_path, W0, W, 160, {})                           # the longest of the shorter sides
+    write_lora(tmp_path, "a", W0, W, 160, {})                         # the longest of the shorter sides
     unet = UNet.from_pretrained(MINI / "unet")
     c = text(["a photo of the airplane"])
     z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
@@ -116,12 +138,27 @@ def test_diffusers_draws_the_edit_from_the_untouched_model_and_the_lora(edits, p
     put_weights(unet, W)
     ours = unet(z, t, c)
     with torch.no_grad():
-        pipe.load_lora_weights(tmp_path / f"lora_rank160{ending}.safetensors")
+        pipe.load_lora_weights(tmp_path / f"a-rank160-{ending}.safetensors")
         theirs = pipe.unet(z, t, c).sample
         pipe.unload_lora_weights()
         plain = pipe.unet(z, t, c).sample
     assert (theirs - ours).abs().max() <= 1e-5 * ours.abs().max() + 1e-5
     assert (plain - before).abs().max() <= 1e-5 and (before - ours).abs().max() > 0.05
+
+
+def test_the_loras_names_and_the_console_say_for_whom_they_are(edits, here, tmp_path, capsys):
+    """Of two edits' files in one folder, as web UIs have it, none replaces another."""
+    for name, concept in (("a", "airplane"), ("b", "ship")):
+        shutil.copytree(edits / name, tmp_path / name)
+        here("tools/export.py", "--edit", f"{name}/erased.safetensors" if name == "b" else name, "--lora", 2,
+             cwd=tmp_path)
+        said = capsys.readouterr().out
+        assert f"{name}-rank2-webui.safetensors: for web UIs" in said
+        assert f"{name}-rank2-diffusers.safetensors: for diffusers" in said and "a web UI loads nothing" in said
+    webui, plain = (load_file(tmp_path / f"a/a-rank2-{who}.safetensors") for who in ("webui", "diffusers"))
+    assert all(key.startswith("lora_unet_") for key in webui) and all(key[:5] == "unet." for key in plain)
+    assert {path.name for path in tmp_path.glob("?/*rank2*")} == {
+        f"{name}-rank2-{who}.safetensors" for name in "ab" for who in ("webui", "diffusers")}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -135,5 +172,5 @@ def test_interruption_leaves_nothing(edits, tmp_path, monkeypatch, error):
     with pytest.raises(type(error)):
         export_pipeline(tmp_path / "new/folder", MINI, W, {})
     with pytest.raises(type(error)):
-        write_lora(tmp_path, W0, W, 2, {})
+        write_lora(tmp_path, "a", W0, W, 2, {})
     assert list(tmp_path.iterdir()) == []

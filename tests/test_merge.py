@@ -135,7 +135,7 @@ def test_merged_edits_export_under_a_name_of_both(here, edits, text, tmp_path):
     here("tools/merge.py", "b", "a", "--out", "a+b", cwd=tmp_path)
     here("tools/export.py", "--edit", "a+b", "--lora", 4, "--folder", "sd", cwd=tmp_path)
     assert sorted(path.name for path in (tmp_path / "a+b").iterdir()) == [
-        "erased.safetensors", "lora_rank4.safetensors", "lora_rank4_kohya.safetensors", "run.json"]
+        "a+b-rank4-diffusers.safetensors", "a+b-rank4-webui.safetensors", "erased.safetensors", "run.json"]
     W = merged_weights([str(edits / "a"), str(edits / "b")], MINI, text)
     assert same(load_file(tmp_path / "sd" / UNET), load_file(MINI / UNET) | W)
 

@@ -139,6 +139,35 @@ def test_the_real_cache_without_network(sd1, tmp_path, monkeypatch):
     assert base_hash(cross_attention(model_folder("someone/small"))) == base_hash(cross_attention(sd1[0]))
 
 
+@pytest.mark.parametrize("lost", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+                                  "scheduler", "tokenizer"])
+def test_a_partial_cache_is_called_incomplete(sd1, tmp_path, monkeypatch, lost):
+    """The library answers with the folder, whatever it holds, if there is no network."""
+    repository, commit = tmp_path / "models--someone--small", "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    folder = shutil.copytree(sd1[0], repository / "snapshots" / commit)
+    shutil.rmtree(folder / lost) if (folder / lost).is_dir() else (folder / lost).unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=f"incomplete, as it lacks {lost.split('.')[0]}"):
+        model_folder("someone/small")
+
+
+def test_weights_in_several_files_are_downloaded(fake):
+    index = f"{FULL[1]}.index.json"
+    pieces = [FULL[1].replace(".", f"-0000{i}-of-00002.") for i in (1, 2)]
+    there = fake(large=[name for name in OFFICIAL if name != FULL[1]] + [index, *pieces])
+    model_folder("someone/large")
+    assert weights(there.downloaded) == sorted([FULL[0], *pieces, FULL[2]]) and index in there.downloaded
+
+
+@pytest.mark.parametrize("name", ["models/sd14", "./sd14", "../sd14", "sd14"])
+def test_a_mistyped_folder_is_first_of_all_no_folder(name, fake):
+    fake(sd14=OFFICIAL).network = False
+    with pytest.raises(UserError, match=f"--model {name}: no such folder"):
+        model_folder(name)
+
+
 def test_tokenizer_of_a_single_file(sd1, fake, tmp_path, refused):  # noqa: F811
     """Beside it; else SD v1.4's from the hub, only that; else the error says what to put where."""
     folder, file = sd1

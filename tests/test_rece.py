@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import rece
-from erasing import Pair, edited, gram
+from erasing import Pair, edited
 from helpers import AIRPLANE, MINI, ROOT, random
 from plumbing import UserError
-from plumbing.edits import about_edit, cross_attention, read_edit, write_edit
+from plumbing.edits import about_edit, cross_attention, gram, read_edit, write_edit
 from rece import Settings, derive, erase_rows, iterate, regained
 from sample import Model
 

@@ -1,16 +1,20 @@
 """sample.py: pictures equal diffusers', grids are reproducible, and bad input is one line."""
+import json
 import re
 import shutil
+from pathlib import Path
 
 import diffusers
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffusion import guided
-from helpers import MINI, edit_json, run, same_pictures
+from helpers import MINI, edit_json, edit_tensors, run, same_pictures
+from plumbing import UserError
 from plumbing.edits import cross_attention
-from sample import Model
+from sample import Model, Text
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,95 @@ def test_draw_takes_other_rows_another_guidance_and_a_part_of_an_edit(model):
     assert torch.equal(model.draw(PROMPT, [1]), plain) and (whole - plain).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("skip, size", [(1, (72, 40)), (2, (64, 64))])
+def test_negative_prompt_clip_skip_and_size_equal_diffusers(sd1, skip, size):
+    """Sides that the U-Net's levels do not divide, too. diffusers skips no layer for the negative prompt by
+    itself; a fine-tune that was trained so, and every web UI, does it for both."""
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(sd1[0])
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)     # as transformers 4 had it
+    negative, _ = pipe.encode_prompt("a photo of the sky", "cpu", 1, False, clip_skip=skip)
+    ours = Model(sd1[0], clip_skip=skip, size=size)
+    noise = ours.noise([3])
+    assert noise.shape[2:] == (size[1] // 8, size[0] // 8)
+    expected = pipe(PROMPT[0], negative_prompt_embeds=negative, latents=noise, num_inference_steps=4,
+                    guidance_scale=3.0, clip_skip=skip, width=size[0], height=size[1], output_type="pt").images
+    drawn = ours.draw(PROMPT, [3], steps=4, guidance=3.0, negative="a photo of the sky")
+    assert drawn.shape == expected.shape == (1, 3, size[1], size[0])
+    assert (drawn - expected.float()).abs().max() <= 1 / 255
+    assert (drawn - ours.draw(PROMPT, [3], steps=4, guidance=3.0)).abs().max() > 0.02
+    plain = Model(sd1[0], size=size).draw(PROMPT, [3], steps=4, guidance=3.0, negative="a photo of the sky")
+    assert (drawn - plain).abs().max() > 0.02
+
+
+def brighter(tensors):
+    return tensors | {"decoder.conv_out.bias": tensors["decoder.conv_out.bias"] + 0.5}
+
+
+def test_another_vae_from_a_folder_a_model_or_a_file(sd1, tmp_path, here):
+    """As a folder, in a whole model, alone in a file by today's names or by the original ones."""
+    folder, file = sd1
+    for part in ("vae", "model/vae"):
+        shutil.copytree(folder / "vae", tmp_path / part)
+        edit_tensors(tmp_path / part / "diffusion_pytorch_model.safetensors",
+                     lambda tensors: tensors.update(brighter(tensors)))
+    wanted = brighter(load_file(folder / "vae/diffusion_pytorch_model.safetensors"))
+    shutil.copy(tmp_path / "vae/diffusion_pytorch_model.safetensors", tmp_path / "today.safetensors")
+    original = {key: tensor + 0.5 * (key == "first_stage_model.decoder.conv_out.bias")
+                for key, tensor in load_file(file).items() if key.startswith("first_stage_model.")}
+    save_file(original, tmp_path / "prefix.safetensors")
+    save_file({key.removeprefix("first_stage_model."): tensor for key, tensor in original.items()}
+              | {"loss.logvar": torch.ones(1)}, tmp_path / "original.safetensors")
+    before = Model(folder).vae.decode(torch.zeros(1, 4, 4, 4))
+    for place in ("vae", "model", "today.safetensors", "prefix.safetensors", "original.safetensors"):
+        vae = Model(folder, vae=tmp_path / place).vae
+        assert all(torch.equal(vae.state_dict()[key], wanted[key]) for key in wanted), place
+    assert torch.allclose(vae.decode(torch.zeros(1, 4, 4, 4)), before + 0.5, atol=1e-5)
+    here("sample.py", "a cat", "--model", folder, "--vae", "today.safetensors", "--size", "40x64", "--steps", 1,
+         "--n", 2, "--negative", "red", "--clip-skip", 1, "--out", "x.png", cwd=tmp_path)
+    said = PIL.Image.open(tmp_path / "x.png").text["settings"]
+    assert json.loads(said) == {"steps": 1, "guidance": 3.0, "sampler": "ddim", "dtype": "float32",
+                                "negative": "red", "size": [40, 64], "clip_skip": 1, "vae": "today.safetensors"}
+
+
+def test_a_name_that_appears_while_it_draws_is_not_overwritten(here, tmp_path, monkeypatch, capsys):
+    def draw(model, prompts, *args, **how):
+        (tmp_path / "x.png").write_text("precious")
+        return torch.zeros(len(prompts), 3, 32, 32)
+    monkeypatch.setattr(Model, "draw", draw)
+    here("sample.py", "a cat", "--out", "x.png", cwd=tmp_path)
+    assert (tmp_path / "x.png").read_text() == "precious"
+    assert (tmp_path / "x-2.svg").exists() and capsys.readouterr().out.startswith("x-2.png  ")
+
+
+def test_encoder_and_tokenizer_must_know_the_same_words(sd1, tmp_path):
+    """Textual inversion adds to both; a tokenizer without the added word would spell it in pieces."""
+    model = Path(shutil.copytree(sd1[0], tmp_path / "model"))
+    path = model / "text_encoder/model.safetensors"
+    rows = load_file(path)["embeddings.token_embedding.weight"]
+    edit_tensors(path, lambda tensors: tensors.update({"embeddings.token_embedding.weight": torch.cat(
+        [rows, torch.ones(1, rows.shape[1])])}))
+    edit_json(model / "text_encoder/config.json", vocab_size=len(rows) + 1)
+    with pytest.raises(UserError, match=f"rows for {len(rows) + 1} tokens, the tokenizer {len(rows)}"):
+        Text(model)
+    (model / "tokenizer/added_tokens.json").write_text(json.dumps({"<toy>": len(rows)}))
+    text = Text(model)
+    assert text.tokenizer(["a <toy>"])[0, 2] == len(rows) and text("a <toy>").shape == (1, 77, 24)
+    edit_json(model / "tokenizer/tokenizer_config.json", model_max_length=8192)
+    assert torch.equal(Text(model)(["a <toy>"]), text(["a <toy>"]))
+    shutil.copytree(sd1[0] / "text_encoder", model / "text_encoder", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=f"rows for {len(rows)} tokens, the tokenizer {len(rows) + 1}"):
+        Text(model)
+
+
+def test_one_prompt_as_a_string_is_one_prompt(model):
+    assert torch.equal(model.text("a cat"), model.text(["a cat"]))
+    assert torch.equal(model.draw("a cat", steps=1), model.draw(["a cat"], [0], steps=1))
+    with pytest.raises(UserError, match="2 prompts need as many seeds, not 1"):
+        model.draw(["a cat", "a dog"], [0])
+
+
 def test_long_prompts_are_cut_with_a_warning_that_says_where(tmp_path):
     words = " ".join(["airplane"] * 40)
     done = run("sample.py", words + " zebra", "--n", 1, "--steps", 1, cwd=tmp_path)
@@ -116,8 +209,14 @@ def test_long_prompts_are_cut_with_a_warning_that_says_where(tmp_path):
     (["x", "--seed", "9" * 20], "seed"), (["x", "--device", "cuda"], "not available"),
     (["x", "--device", "cpu:foo"], "cpu:foo is not available"),
     (["x", "--edit", "nowhere"], "no erased.safetensors"),
-    (["x", "--model", "nobody/nothing"], "could not be downloaded")])
+    (["x", "--model", "nobody/nothing"], "could not be downloaded"),
+    (["x", "--size", "33"], "33 pixels wide or high: 32 or 34 are possible"),
+    (["x", "--size", "32x0"], "possible"), (["x", "--size", "big"], "512x768"),
+    (["x", "--clip-skip", "4"], "0 … 3"), (["x", "--clip-skip", "-1"], "0 … 3"),
+    (["x", "--vae", "nowhere"], "--vae nowhere: no such folder or file"),
+    (["x", "--vae", "v.ckpt"], "a pickle can run code")])
 def test_sample_refuses_bad_input(refused, tmp_path, args, match):
+    (tmp_path / "v.ckpt").write_bytes(b"\x80\x02pickle")
     refused("sample.py", *args, cwd=tmp_path, match=match)
 
 

@@ -96,6 +96,28 @@ def test_weights_of_another_recipe_are_refused(tmp_path):
         train.start_from(torch.nn.Linear(4, 2), torch.nn.Linear(3, 2), Path("mini"))
 
 
+def test_damaged_checkpoints_and_photos_cut_short_are_named(data, tmp_path):
+    toy_run(tmp_path)
+    path = tmp_path / "toy.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(train.UserError, match="toy.safetensors cannot be read"):
+        toy_run(tmp_path)
+    shutil.copytree(data, tmp_path / "data")
+    with open(tmp_path / "data/data_batch_3.bin", "ab") as file:
+        file.truncate(1000)
+    with pytest.raises(train.UserError, match="no whole data_batch_3.bin"):
+        train.Photos(tmp_path / "data")
+
+
+@pytest.mark.parametrize("flags", [("--steps", 0), ("--steps", -1), ("--minutes", "nan"), ("--minutes", -1)],
+                         ids=str)
+@pytest.mark.parametrize("script", ["mini/train.py", "mini/next/train.py"])
+def test_no_length_leaves_a_model_untrained(script, flags, refused, tmp_path):
+    stage = ["--stage", "vae"] if "next" in script else []
+    refused(script, "--data", tmp_path, "--out", "o", "--work", "w", *stage, *flags, cwd=tmp_path,
+            match="--steps must be at least 1")
+
+
 def test_held_out_scores_are_kept_with_the_checkpoint(tmp_path):
     assert [step for step, _ in toy_run(tmp_path).scores] == list(range(1, 9))
     assert len(toy_run(tmp_path).scores) == 8                     # done: none is added

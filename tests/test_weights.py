@@ -5,18 +5,20 @@ import shutil
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from clip_text import CLIPTextModel, CLIPTokenizer
 from eval_clip import CLIP
-from helpers import (AIRPLANE, OFFICIAL_TEXT, OFFICIAL_UNET, OFFICIAL_VAE, QUICK, ROOT, TEXTS, UNETS, VAES,
-                     edit_json, edit_tensors, nan, near, refuses, shapes, theirs_text, theirs_unet,
+from helpers import (AIRPLANE, CLOSED, OFFICIAL_TEXT, OFFICIAL_UNET, OFFICIAL_VAE, QUICK, ROOT, TEXTS, UNET, UNETS,
+                     VAES, edit_json, edit_tensors, nan, near, refuses, shapes, theirs_text, theirs_unet,
                      theirs_vae)
 from plumbing import UserError
 from plumbing.models import MINI
 from plumbing.weights import NoInit
+from sample import Model
 from unet import UNet
 from vae import VAE
 
@@ -95,6 +97,48 @@ def test_layers_still_draw_their_weights_elsewhere():
         pass
     torch.manual_seed(0)
     assert torch.nn.Embedding(50, 20).weight.std().item() == pytest.approx(1, abs=0.1)
+
+
+def in_shards(folder, variant=None):
+    """`folder`'s U-Net as diffusers saves it in several files; the names of all that it writes."""
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="100KB", variant=variant)
+    names = sorted(path.name for path in folder.glob("*.safetensors*"))
+    assert len(names) > 2 and not (folder / "diffusion_pytorch_model.safetensors").exists()
+    return theirs, names
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_several_files(variant, unet_folder):
+    theirs, _ = in_shards(unet_folder, variant)
+    ours, expected = UNet.from_pretrained(unet_folder).state_dict(), theirs.state_dict()
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[key], expected[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "/etc/x.safetensors", ".safetensors", "x.bin", "", 5,
+                                  None, ["x.safetensors"], "a/b.safetensors", "a\\b.safetensors", "lost"])
+def test_an_index_names_files_beside_it_alone(name, unet_folder):
+    _, names = in_shards(unet_folder)
+    index = unet_folder / "diffusion_pytorch_model.safetensors.index.json"
+    save_file({"x": torch.ones(2)}, unet_folder.parent / "out.safetensors")
+    if name == "lost":
+        (unet_folder / names[0]).unlink()
+        return refuses(UNet, unet_folder, names[0], "download")
+    edit_json(index, weight_map={"conv_in.weight": name})
+    refuses(UNet, unet_folder, index, "weight_map")
+
+
+@pytest.mark.parametrize("error, match", [
+    (OSError("No such device (os error 19)"), "cannot map files: copy it to a local disk"),
+    (OSError("The paging file is too small for this operation to complete. (os error 1455)"), "enough memory"),
+    (RuntimeError("unable to mmap 438 bytes from file <x>: Cannot allocate memory (12)"), "enough memory"),
+    (MemoryError(), "not enough memory")], ids=str)
+def test_why_weights_cannot_be_mapped(error, match, unet_folder, monkeypatch):
+    def broken(path):
+        raise error
+    monkeypatch.setattr("plumbing.weights.load_file", broken)
+    refuses(UNet, unet_folder, "cannot be read", match)
 
 
 # ---- bad folders ----
@@ -254,3 +298,35 @@ def test_broken_folders_are_named_and_leave_nothing(refused, broken, tmp_path, w
     work = tmp_path / "work"
     work.mkdir()
     refused("realera.py", *AIRPLANE, "--model", broken, *QUICK, cwd=work, match=re.escape(match))
+
+
+@pytest.mark.parametrize("file, key, value", [
+    ("unet/config.json", "norm_eps", -1e-5), ("unet/config.json", "layers_per_block", 10_000_000),
+    ("unet/config.json", "block_out_channels", []), ("unet/config.json", "block_out_channels", [8, "16"]),
+    ("unet/config.json", "cross_attention_dim", True), ("vae/config.json", "scaling_factor", 0),
+    ("vae/config.json", "block_out_channels", [[32]]),
+    ("text_encoder/config.json", "num_attention_heads", 3),
+    ("text_encoder/config.json", "intermediate_size", -1),
+    ("scheduler/scheduler_config.json", "beta_start", 0),
+    ("scheduler/scheduler_config.json", "beta_end", 10 ** 400), ("defaults.json", "size", True),
+    ("defaults.json", "guidance", {}), ("defaults.json", "steps", 0)], ids=str)
+def test_values_that_no_model_can_have_are_named(file, key, value, broken):
+    edit_json(broken / file, **{key: value})
+    with pytest.raises(UserError, match=f"{key}|do not fit each other"):
+        Model(broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64], ids=str)
+def test_weights_that_are_no_real_numbers_are_named(dtype, unet_folder):
+    edit_tensors(unet_folder / "diffusion_pytorch_model.safetensors",
+                 lambda W: W.update({"conv_in.bias": W["conv_in.bias"].to(dtype)}))
+    refuses(UNet, unet_folder, "no floating-point numbers in conv_in.bias")
+
+
+def test_text_that_the_unet_cannot_read_is_refused_before_any_work(broken, refused, tmp_path):
+    tensors = {name: W[:, :-8].contiguous() if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) else W
+               for name, W in load_file(broken / UNET).items()}
+    save_file(tensors, broken / UNET)
+    (tmp_path / "work").mkdir()
+    refused("realera.py", *AIRPLANE, *CLOSED, "--model", broken, cwd=tmp_path / "work",
+            match="U-Net reads others")

@@ -21,8 +21,9 @@ from lora import lora_deltas
 from plumbing import UserError
 from plumbing.cli import command_line, program
 from plumbing.disk import refuse_existing, whole_folder
-from plumbing.edits import about_edit, base_hash, cross_attention, read_edit, write_edit, write_report
-from plumbing.models import MINI, model_folder
+from plumbing.edits import (about_edit, base_hash, cross_attention, read_edit, text_hash, write_edit,
+                            write_report)
+from plumbing.models import MINI, model_folder, model_name
 from plumbing.prompts import preserved_prompts
 from realera import Settings, erase_in_closed_form
 from sample import Text
@@ -118,8 +119,8 @@ def main() -> None:
     pairs = sorted(((pair, made.task) for made in edits for pair in made.pairs), key=lambda x: x[0].concept)
     about = {"method": "merged", "merged": list(map(about_edit, folders)),
              "concepts": [pair.concept for pair, _ in pairs], "anchors": [pair.anchor for pair, _ in pairs],
-             "tasks": [task for _, task in pairs], "model": args.model,
-             "base_hash": base_hash(cross_attention(model))}
+             "tasks": [task for _, task in pairs], "model": model_name(args.model),
+             "base_hash": base_hash(cross_attention(model)), "text_hash": text_hash(model)}
     with whole_folder(out, args.overwrite) as new:
         write_edit(new, W, about)
         write_report(new, about)

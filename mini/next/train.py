@@ -31,7 +31,7 @@ import clip_text, diffusion, eval_clip, unet, vae  # noqa: E401
 from mini.next.emoji import SIZE, Book, Icons, compose
 from plumbing import UserError
 from plumbing.cli import command_line, pick_device
-from plumbing.disk import read_json, whole
+from plumbing.disk import read_json, readable, whole
 from plumbing.pictures import grid, write_png
 
 TOKENS, WIDTH, PROJECTION = 32, 256, 128
@@ -83,7 +83,7 @@ class Run:
         self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
         self.deadline = time.monotonic() + 60 * args.minutes
         if self.path.exists():
-            with safe_open(self.path, "pt") as file:
+            with readable(self.path), safe_open(self.path, "pt") as file:
                 if any(file.get_slice(f"net.{n}").get_shape() != list(p.shape)
                        for n, p in net.named_parameters()):
                     raise UserError(f"{self.path} goes on from another --recipe: give that, or --work")
@@ -110,7 +110,7 @@ class Run:
 
     @torch.no_grad()
     def load(self) -> None:
-        with safe_open(self.path, "pt") as file:
+        with readable(self.path), safe_open(self.path, "pt") as file:
             self.step, self.minutes = int(file.metadata()["step"]), float(file.metadata()["minutes"])
             self.log, self.scores = (json.loads(file.metadata()[name]) for name in ("log", "scores"))
             for n, p in self.net.named_parameters():
@@ -672,6 +672,8 @@ def main() -> None:
                         help="stop after so long; the same command goes on")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     args = parser.parse_args()
+    if args.steps is not None and args.steps < 1 or not args.minutes >= 0:
+        raise UserError("--steps must be at least 1, --minutes at least 0")
     args.device = pick_device(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[args.recipe]
