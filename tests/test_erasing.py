@@ -21,9 +21,9 @@ import realera
 from erasing import drifts, make_pairs
 from helpers import AIRPLANE, CLOSED, MINI, ROOT, SHIP, UNET, pair, run, same
 from lora import lora_deltas
-from plumbing import UserError
+from plumbing import UserError, prompts
 from plumbing.edits import about_edit, cross_attention, original, read_edit
-from plumbing.prompts import UNRELATED, doubts
+from plumbing.prompts import UNRELATED
 from plumbing.results import evaluate
 from sample import Model, Text
 
@@ -89,9 +89,10 @@ def test_what_may_not_be_meant_is_said_before_any_work(here, tmp_path, capsys, m
 
 
 def test_what_is_meant_is_not_doubted(text):
+    doubts = prompts.doubts
     pairs = make_pairs(["airplane", "frog"], ["sky", ""], "object", text, "tail", 0)
     assert doubts(pairs, MINI, text.tokenizer.count) == []
-    unknown = make_pairs("pizza", "plate", "object", text, "tail", 0)
+    unknown = make_pairs(["pizza"], ["plate"], "object", text, "tail", 0)
     assert doubts(unknown, MINI.parent, text.tokenizer.count) == []                  # others may know it
     assert len(doubts(unknown, MINI, text.tokenizer.count)) == 2
 
