@@ -40,7 +40,7 @@ from plumbing.cli import (DTYPES, Clock, NoFlags, check_export, command_line, er
                           pick_device, program, settings_of, slug)
 from plumbing.disk import whole_folder
 from plumbing.drift import drifts, preview, text_change
-from plumbing.edits import (base_hash, change, check_edit, cross_attention, original, text_hash, write_edit,
+from plumbing.edits import (as_filed, base_hash, change, cross_attention, original, text_hash, write_edit,
                             write_report)
 from plumbing.formats import export_pipeline, write_lora
 from plumbing.models import model_folder, model_name
@@ -117,9 +117,10 @@ class Job:
     Given: pairs, text, W0 (the model's cross-attention matrices by name, as in its file), model (read when
     first used), model_folder, device, dtype, task, seed, args (all flags, the method's own too), folder (the
     edit's, being written), preview (True: only the change of text is wanted, so training can be left out);
-    clock("part") notes the seconds since the last one. To fill: about (goes into the edit's metadata), report
+    clock("part") notes the seconds since the last part. To fill: about (goes into the edit's metadata), report
     (into run.json), drawing (see above), later (functions that draw, called once the edit is written), larger
-    (which settings a warning says to raise, {"ridge": if the solution is delicate, "stay": if others do})."""
+    (settings that a warning names, for the "ridge" and for what must "stay").
+    """
 
     def __init__(self, model: Path, concepts, anchors=None, task: str = "object", seed: int = 0,
                  rows: str = "tail", device="cpu", dtype=torch.float32):
@@ -157,8 +158,7 @@ class Job:
             numbers |= drifts(text_change(self.W0, W), self.pairs, self.text)
         print(f"{what}: " + ", ".join(f"{name} {number:.3g}" for name, number in numbers.items()))
         limits = {"cond": 1e10, "‖ΔW‖": 10, "drift": 0.5, "median": 0.5}             # by how a name begins
-        absurd = {begin for begin in limits for name in numbers
-                  if name.startswith(begin) and numbers[name] > limits[begin]}
+        absurd = {b for b in limits for name in numbers if name.startswith(b) and numbers[name] > limits[b]}
         if absurd:
             cure = self.larger.get("ridge" if absurd & {"cond", "‖ΔW‖"} else "stay", "weight of what stays")
             print(f"warning: this moves far more than the concept; try a larger {cure}"
@@ -232,12 +232,12 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
         job.args, job.preview = args, bool(prompts)
         job.clock("text")
         if prompts:
-            return preview(text_change(job.W0, check_edit(erase(job, s), folder)), prompts, job.text)
+            as_filed(W := erase(job, s), folder)                  # refuses what is not finite
+            return preview(text_change(job.W0, W), prompts, job.text)
         for pair in job.pairs:
             print(f"{pair}: {pair.n} of {len(pair.e)} rows")
         with whole_folder(args.out, args.overwrite) as job.folder:
-            W, about = save(job, check_edit(erase(job, s), folder),
-                            {"method": method, "settings": dataclasses.asdict(s)})
+            W, about = save(job, erase(job, s), {"method": method, "settings": dataclasses.asdict(s)})
         job.folder = args.out                                     # from here on nothing can take it away
         print(f"wrote {args.out}/")
         if not args.no_pictures:
@@ -264,17 +264,16 @@ def erase_with(method, model: Model, concept: str, anchor: str | None = None, ta
               model.dtype)
     with tempfile.TemporaryDirectory() as folder:                 # of what the command writes besides W
         job.folder = Path(folder)
-        W = check_edit(method.erase(job, s), job.model_folder)
+        W = method.erase(job, s)
     if W and "numbers" not in job.report:
         job.say("edit", W)
-    W0 = original(job.model_folder, W)
-    return {name: tensor.to(W0[name].dtype) for name, tensor in W.items()}, job.report
+    return as_filed(W, job.model_folder), job.report
 
 
 def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor], dict]:
     """Write the edit, each tensor in the dtype of the model's file, its LoRA if asked, and run.json. Returns
     the tensors as written, and what an edit says of itself."""
-    args, W0 = job.args, original(job.model_folder, W)
+    args, filed = job.args, as_filed(W, job.model_folder)
     about |= job.about | {"concepts": [pair.concept for pair in job.pairs],
                           "anchors": [pair.anchor for pair in job.pairs], "task": job.task, "seed": job.seed,
                           "model": model_name(args.model), "base_hash": base_hash(job.W0),
@@ -282,14 +281,13 @@ def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor]
     if W and "numbers" not in job.report:
         job.say("edit", W)
     if args.export_lora:
-        job.report["LoRA error"] = write_lora(job.folder, args.out.absolute().name, W0, W,
-                                              args.export_lora, about)
+        W0, name = original(job.model_folder, W), args.out.absolute().name
+        job.report["LoRA error"] = write_lora(job.folder, name, W0, W, args.export_lora, about)
         job.clock("LoRA file")
-    W = {name: tensor.to(W0[name].dtype) for name, tensor in W.items()}
     if W:
-        write_edit(job.folder, W, about)
+        write_edit(job.folder, filed, about)
     write_report(job.folder, about | job.report | {"seconds": job.clock.seconds})
-    return W, about
+    return filed, about
 
 
 def main() -> None:

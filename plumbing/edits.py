@@ -184,12 +184,10 @@ def gram(W: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
     return sum(W[name].double().T @ V[name].double() for name in W)
 
 
-def check_edit(W: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
-    """W. Raises UserError where it has NaN or infinity, or would have in the dtype of the model's file."""
-    for name, W0 in original(folder, W).items():
-        if not W[name].to(W0.dtype).isfinite().all():
-            raise UserError(f"{name} of the edit has NaN or infinity, so nothing is written: try settings "
-                            "nearer to the defaults, or --dtype float32")
+def as_filed(W: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
+    """W in the dtype of the model's file. Raises UserError for NaN and infinity there."""
+    W = {name: W[name].to(W0.dtype) for name, W0 in original(folder, W).items()}
+    check_tensors("the edit", W, {name: tensor.shape for name, tensor in W.items()})
     return W
 
 

@@ -37,6 +37,7 @@ LEFT_OUT = {"CompVis/stable-diffusion-v1-4": "needs the weights of SD v1.4",
             "cifar-10-batches-bin": "needs CIFAR-10, and hours",
             "mini/figure.py": "needs what a training has left",
             "experiments/tables.py": "needs minutes: other tests run it small",
+            "experiments/many_concepts.py": "needs minutes: other tests run it small",
             "experiments/compare.py": "needs minutes: other tests run it small",
             "experiments/bench.py": "needs minutes: other tests run it small"}
 # What makes the others quick.

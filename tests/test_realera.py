@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 import realera
 from erasing import drifts, edited, make_pairs
-from experiments import many_concepts
 from helpers import AIRPLANE, CLASSES, MINI, QUICK, ROOT, SHIP, pair, rng, run, same_pictures
 from lora import add_lora, lora_layers
 from plumbing import UserError
+from plumbing.disk import read_json
 from plumbing.edits import cross_attention, read_edit
-from plumbing.prompts import preserved_prompts
+from plumbing.prompts import BOOK, PRESERVED, UNRELATED, preserved_prompts
 from realera import (Settings, Trajectories, align_noise, beyond_concepts, closed_form, erase_in_closed_form,
                      neighbor_concepts, noise_alignment_loss, original, radius_at, towards_noise)
 from sample import Model, Text
@@ -278,7 +278,11 @@ def test_the_rows_of_one_concept_at_a_time_are_held(monkeypatch):
     assert len(alive) == 60
 
 
-MANY = list(dict.fromkeys([*CLASSES, *many_concepts.order()[0]]))[:100]
+TEXTS = [text for entry in read_json(BOOK)["classes"].values()
+         for text in entry["synonyms"] + entry["associated"]]
+WORDS = [word for text in TEXTS for word in text.split()
+         if len(word) > 3 and word not in PRESERVED + UNRELATED]
+MANY = list(dict.fromkeys(CLASSES + WORDS))[:100]
 
 
 @pytest.mark.parametrize("n, most", [(1, 0.42), (2, 0.32), (5, 0.3), (10, 0.3), (100, 0.6)])
