@@ -49,10 +49,10 @@ class CLIPTokenizer:
             read_json(folder / name) if (folder / name).exists() else {} for name in (
                 "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"))
         length = settings.get("model_max_length")
-        length = positions if length is None else length          # "no limit" is also written as 1e30
-        if not isinstance(length, (int, float)) or not length >= 3:
+        length = positions if length is None else length          # "no limit" is also written as 8192 or 1e30
+        if not isinstance(length, (int, float)) or not length >= 3 or positions < length < 1000:
             raise UserError(f"{folder / 'tokenizer_config.json'}: model_max_length = {length!r} is not "
-                            "supported (at least 3)")
+                            f"supported (from 3 to the encoder's {positions} positions)")
         try:
             if (folder / "merges.txt").exists():
                 vocab, merges = read_json(folder / "vocab.json"), read_merges(folder / "merges.txt")
@@ -115,6 +115,8 @@ def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], named: list =
     listed: {id: token}, words that are looked for before all else, as textual inversion adds them; named:
     tokens with a role, the last one pads. A UserError names what does not fit together.
     """
+    if len({*vocab.values()}) < len(vocab) or not all(type(i) is int for i in vocab.values()):
+        raise UserError("vocab.json: each word needs an id of its own")
     try:
         bpe = tokenizers.models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="",
                                     end_of_word_suffix="</w>", fuse_unk=False, unk_token=EOS)

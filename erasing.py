@@ -117,8 +117,8 @@ class Job:
     Given: pairs, text, W0 (the model's cross-attention matrices by name, as in its file), model (read when
     first used), model_folder, device, dtype, task, seed, args (all flags, the method's own too), folder (the
     edit's, being written), preview (True: only the change of text is wanted, so training can be left out);
-    clock("part") notes the seconds since the last part. To fill: about (goes into the edit's metadata), report
-    (into run.json), drawing (see above), later (functions that draw, called once the edit is written), larger
+    clock("part") notes the seconds since the last part. To fill: about (for the edit's metadata), report
+    (for run.json), drawing (see above), later (functions that draw, called once the edit is written), larger
     (settings that a warning names, for the "ridge" and for what must "stay").
     """
 

@@ -25,12 +25,12 @@ from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from diffusion import ddim, guided
 from erasing import Job, Pair, edited, run
 from lora import add_lora, lora_layers, lora_off, save_lora
 from plumbing import UserError
+from plumbing.progress import progress
 from plumbing.weights import put_weights
 
 
@@ -253,7 +253,7 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
     optimizer = torch.optim.Adam([p for name, p in unet.named_parameters() if ".lora_" in name], s.lr)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)   # they underflow
     before, generator, terms = measure(), torch.Generator().manual_seed(pairs[0].seed), []
-    for step in trange(1, s.lora_steps + 1, desc="noise alignment", unit="step", leave=False, disable=None):
+    for step in progress(range(1, s.lora_steps + 1), "noise alignment", "step"):
         optimizer.zero_grad()
         for term in loss(step, generator, range(s.trajectories - held_out), s.batch):
             scaler.scale(term).backward()

@@ -24,7 +24,6 @@ from typing import Callable, Iterable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from clip_text import CLIPTextModel, CLIPTokenizer
 from diffusion import SAMPLERS, Scheduler, guided
@@ -34,6 +33,7 @@ from plumbing.cli import (DTYPES, EDIT, at_least_1, check_seed, command_line, fr
 from plumbing.edits import edit_labels, read_edit
 from plumbing.models import defaults, model_folder, tokenizer_folder, vae_folder
 from plumbing.pictures import write_sheet
+from plumbing.progress import progress
 from plumbing.weights import check_finite, put_weights
 from unet import UNet
 from vae import VAE
@@ -156,7 +156,7 @@ class Model:
         guide = guide or (lambda u, c, t: guided(u, c, guidance))
         always = [empty] + ([] if beside is None else list(beside[:, None]))
         pictures = []
-        with tqdm(total=len(prompts) * steps, desc="drawing", unit="step", leave=False, disable=None) as bar:
+        with progress(len(prompts) * steps, "drawing", "step") as bar:
             for i in range(0, len(prompts), batch):
                 c = texts[i:i + batch]
                 u, *more = (row.to(c).expand_as(c) for row in always)
@@ -171,10 +171,11 @@ class Model:
 
                 start = self.noise(seeds[i:i + batch]).to(self.device)
                 z = SAMPLERS[sampler](eps, start, self.scheduler, steps)
-                check_finite(z, "the U-Net", self.dtype)
-                x = self.vae.decode((z / self.vae.scaling_factor).to(self.dtype))
-                check_finite(x, "the VAE", self.dtype)
-                pictures.append((x.float() / 2 + 0.5).clamp(0, 1).cpu())
+                x = self.vae.decode((z / self.vae.scaling_factor).to(self.dtype)).float().cpu()
+                if not x.isfinite().all():                        # asked here: a GPU is waited for once
+                    check_finite(z, "the U-Net", self.dtype)
+                    check_finite(x, "the VAE", self.dtype)
+                pictures.append((x / 2 + 0.5).clamp(0, 1))
         return torch.cat(pictures)
 
     def blended(self, texts: Tensor, seeds: list[int], strength: Callable, **how) -> Tensor:

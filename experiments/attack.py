@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from eval_clip import judge
@@ -31,6 +30,7 @@ from plumbing.disk import readable, whole
 from plumbing.edits import base_hash, cross_attention, erased_by, gram, original, read_edit
 from plumbing.models import fingerprint, model_folder
 from plumbing.pictures import write_sheet
+from plumbing.progress import progress
 from plumbing.prompts import TASKS, choices, row_prompts
 from plumbing.results import RANK, barrier, evaluate
 from plumbing.stats import as_markdown, wilson, write_tables
@@ -143,7 +143,7 @@ def descend(target: Target, free: Tensor, vectors: Callable, lr: float, after: C
     generator = torch.Generator().manual_seed(target.seed)
     optimizer, half = torch.optim.Adam([free.requires_grad_()], lr), target.model.dtype == torch.float16
     scaler = torch.amp.GradScaler(free.device.type, enabled=half)                    # else they underflow
-    for _ in trange(target.budget, desc="attacking", unit="step", leave=False, disable=None):
+    for _ in progress(range(target.budget), "attacking", "step"):
         optimizer.zero_grad()
         loss = matching_loss(target, insert(target, vectors(free)), generator)
         scaler.scale(loss).backward()

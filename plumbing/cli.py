@@ -35,7 +35,7 @@ def command_line(main, shared: bool = False) -> None:
     """
     for stream in (sys.stdout, sys.stderr):                       # not so on Windows; we print ‖ΔW‖ and →
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     left = [name for name in ("RANK", "WORLD_SIZE") if os.environ.get(name, "") not in ("", "0", "1")]
     if left and not TORCHRUN:
         print(f"warning: {' and '.join(left)} are not torchrun's, and are ignored", file=sys.stderr)

@@ -7,9 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from plumbing import UserError
+from plumbing.progress import progress
 from plumbing.prompts import BOOK, CHOSEN, anchor_of
 from plumbing.results import RANK, WORLD, barrier
 
@@ -58,7 +57,7 @@ def make_edits(recipes: list[Recipe], out: Path, base: str, model: str, device: 
     in_turn = sorted(wanted, key=lambda folder: (wanted[folder].method, wanted[folder].flags,
                                                  wanted[folder].start is not None, folder))
     todo = [folder for folder in in_turn[RANK::WORLD] if not folder.exists()]
-    for folder in tqdm(todo, desc="edits", unit="edit", disable=None if RANK == 0 else True):
+    for folder in progress(todo, "edits", "edit", quiet=RANK > 0):
         one = wanted[folder]
         start = ["--edit", one.start.folder(out, base)] if one.start else []
         command = [sys.executable, ROOT / one.method, "--concept", one.concept, *one.flags, *start, "--model",

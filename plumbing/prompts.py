@@ -47,10 +47,11 @@ def use_book(path: Path | None) -> None:
     try:
         classes, scenes = book()["classes"], book()["scenes"]
         for name, entry in classes.items():
-            if name != name.lower() or not (isinstance(entry["anchor"], str) and entry["synonyms"]):
-                raise ValueError
-            texts = [*entry["synonyms"], *entry["associated"], *scenes]
-            if not all(isinstance(text, str) for text in texts) or "" in texts:
+            lists = entry["synonyms"], entry["associated"], scenes
+            right = [isinstance(entry["anchor"], str), entry["synonyms"], name == name.lower()]
+            right += [isinstance(some, list) for some in lists]
+            right += [isinstance(text, str) and text.strip() for text in [name, *sum(lists, [])]]
+            if not all(right):
                 raise ValueError
         if len(classes) < 2:
             raise ValueError

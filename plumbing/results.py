@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from plumbing import UserError
 from plumbing.cli import RANK, WORLD
@@ -30,6 +29,7 @@ from plumbing.disk import link, read_json, whole
 from plumbing.edits import base_hash, edit_file
 from plumbing.models import fingerprint
 from plumbing.pictures import pixels, write_png
+from plumbing.progress import progress
 from plumbing.prompts import book
 
 Picture = tuple[str, int]                                         # prompt and seed
@@ -172,8 +172,7 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
         return job in results.found and (not keep or (place / picture_name(job)).exists())
 
     todo = [block for block in blocks[RANK::WORLD] if not all(map(done, block))]
-    quiet = None if RANK == 0 else True                           # None: where there is no terminal
-    with tqdm(total=sum(map(len, todo)), desc=what, unit="picture", disable=quiet) as bar:
+    with progress(sum(map(len, todo)), what, "picture", quiet=RANK > 0) as bar:
         for block in todo:
             prompts, seeds = zip(*block)
             shown = torch.stack([rows[prompt] for prompt in prompts]) if rows else list(prompts)

@@ -101,7 +101,7 @@ class Case:
         if names in ("csv", "csv edit"):        # it goes on from what it has drawn
             self.stays = ["made/results"]
         if names == "file":
-            self.outs = ["edit/lora_rank2.safetensors", "edit/lora_rank2_kohya.safetensors"]
+            self.outs = ["edit/edit-rank2-webui.safetensors", "edit/edit-rank2-diffusers.safetensors"]
 
     def put(self, where: str, content) -> None:
         """Replace a file of the case: text, bytes, or what is written as JSON."""

@@ -300,7 +300,8 @@ def strangers(c: Case) -> None:
             ("csv", "made/grid.png"), ("csv", "made/grid.svg"), ("csv", "made/metrics.csv"),
             ("realera", "made/thesis"),
             ("csv", "made/pictures/untouched/thesis.png"), ("draw", "made/x.svg"), ("draw", "made/x.png"),
-            ("merge", "made/run.json"), ("folder", "made/thesis"), ("file", "edit/lora_rank2.safetensors")])
+            ("merge", "made/run.json"), ("folder", "made/thesis"),
+            ("file", "edit/edit-rank2-webui.safetensors")])
         (c.work / place).parent.mkdir(parents=True, exist_ok=True)
         (c.work / place).write_text("precious")
         c.what = f"somebody's {place}"

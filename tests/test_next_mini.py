@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clip_text import CLIPTokenizer
 from helpers import ROOT
 from mini.next import train
 from mini.next.emoji import Book, Icons, compose, scenes
@@ -90,12 +91,19 @@ def test_scenes_are_smooth_and_differ(book):
     assert torch.cdist(torch.stack(means), torch.stack(means)).fill_diagonal_(1).min() > 0.03
 
 
-def test_every_word_of_the_book_is_one_token(tmp_path, book):
-    tokenizer = train.train_tokenizer(book, tmp_path)
+def test_every_word_of_the_book_is_one_token(book):
+    tokenizer = CLIPTokenizer.from_pretrained(NEXT / "tokenizer")
+    assert len(train.words_of(book)) > 3000
     for word in train.words_of(book):
         assert tokenizer.count(word) == 1, word
-    again = train.train_tokenizer(book, tmp_path / "again")
-    assert tokenizer(["antonov an-225 mriya"]).equal(again(["antonov an-225 mriya"]))
+
+
+def test_merges_make_each_word_one_piece_and_the_same_words_give_the_same_merges(book):
+    words = train.words_of(book)[::25]
+    merges = train.merges_of(words)
+    made = {"".join(pair) for pair in merges}
+    assert merges == train.merges_of(list(words)) and len(words) > 100
+    assert all(f"{word}</w>" in made for word in words if word.isascii() and len(word) > 1)
 
 
 def test_what_names_the_same_picture_is_nearer():

@@ -174,7 +174,7 @@ def test_pictures_of_a_round_are_drawn_from_each_concepts_rows_before_and_after(
     e = model.text(names).double()
     pairs = [Pair(name.split()[-1], "sky", row, row, 5, 5, 27, 0) for name, row in zip(names, e)]
     same = torch.eye(width, dtype=torch.float64)
-    job = types.SimpleNamespace(folder=tmp_path, model=model, pairs=pairs, seed=7)
+    job = types.SimpleNamespace(folder=tmp_path, model=model, pairs=pairs, seed=7, task="object")
     said = rece.draw_rounds(job, W0, [(same, e.flatten(0, 1), 0.2 * same)], 2)
     assert [line.split(":")[0] for line in said] == ["round 1, ship", "round 1, cat"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round1.png", "round1.svg"]
