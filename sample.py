@@ -277,7 +277,6 @@ def main() -> None:
                       batch=args.batch, negative=args.negative)
     seconds = (time.perf_counter() - start) / (len(drawn) * len(args.prompts) * args.n)
     how = f"seeds {seeds[0]}–{seeds[-1]}, {steps} steps of {args.sampler}, guidance {guidance}"
-    out.parent.mkdir(parents=True, exist_ok=True)
     out = free_name(out)                                          # it may have appeared meanwhile
     settings = {"steps": steps, "guidance": guidance, "sampler": args.sampler, "dtype": args.dtype}
     settings |= {name: value for name in ("negative", "size", "clip_skip", "vae")

@@ -241,7 +241,6 @@ def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[d
             candidates = {target.prompt: model.text([target.prompt])[0].cpu()}
         else:
             if RANK == 0 and not path.exists():                   # one process searches, all draw
-                place.mkdir(parents=True, exist_ok=True)
                 with whole(path) as temporary:
                     save_file({key: x.contiguous().cpu() for key, x in ATTACKS[name](target).items()},
                               temporary)

@@ -64,20 +64,33 @@ def readable(path: str | Path):
 
 
 @contextlib.contextmanager
+def parents_of(path: Path):
+    """Make the folders that `path` lies in. When the block ends, those that are empty still go again."""
+    made = [parent for parent in path.parents if not parent.exists()]                # innermost first
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):                        # not empty: it is there, or others use it
+            for parent in made:
+                parent.rmdir()
+
+
+@contextlib.contextmanager
 def whole(path: str | Path):
     """Yield a temporary name, renamed to `path` when the block ends well: all of it or nothing. It lies in a
     folder of its own, where safetensors may leave what it could not finish."""
     path = Path(path)
     folder = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)                     # of a killed run
-    folder.mkdir()
-    temporary = folder / path.name
-    try:
-        yield temporary
-        temporary.chmod(0o644)                                    # safetensors makes its files private
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with parents_of(path):
+        shutil.rmtree(folder, ignore_errors=True)                 # of a killed run
+        folder.mkdir()
+        try:
+            yield folder / path.name
+            (folder / path.name).chmod(0o644)                     # safetensors makes its files private
+            (folder / path.name).replace(path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def link(path: Path, there: Path) -> None:
@@ -129,25 +142,18 @@ def whole_folder(path: str | Path, overwrite: bool = False):
     refuse_existing(path, overwrite=overwrite)
     path = path.absolute()                                        # "." has no name
     temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-    made = [parent for parent in path.parents if not parent.exists()]                # innermost first
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with alone(path):
-            if old.exists() and not path.exists():                # killed between the two renames below
-                old.rename(path)
-                refuse_existing(path, overwrite=overwrite)
-            for left in (temporary, old):                         # by a killed run
-                shutil.rmtree(left, ignore_errors=True)
-            temporary.mkdir()
-            try:
-                yield temporary
-                if path.exists():
-                    path.rename(old)
-                temporary.rename(path)
-                shutil.rmtree(old, ignore_errors=True)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-    finally:
-        with contextlib.suppress(OSError):                        # not empty: others use it by now
-            for parent in made:
-                parent.rmdir()
+    with parents_of(path), alone(path):
+        if old.exists() and not path.exists():                    # killed between the two renames below
+            old.rename(path)
+            refuse_existing(path, overwrite=overwrite)
+        for left in (temporary, old):                             # by a killed run
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            if path.exists():
+                path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -71,7 +71,6 @@ def as_csv(rows: list[dict]) -> str:
 
 def write_tables(out: Path, name: str, rows: list[dict]) -> None:
     """`rows` as name.json, name.csv and name.md."""
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / f"{name}.json", rows, indent=1)
     for ending, text in {"csv": as_csv(rows), "md": as_markdown(rows)}.items():
         with whole(out / f"{name}.{ending}") as temporary:

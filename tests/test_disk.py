@@ -72,6 +72,16 @@ def test_killed_between_its_two_renames_the_old_edit_comes_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["edit"]
 
 
+def test_a_file_that_fails_takes_the_folders_along_that_it_made(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OSError), whole(tmp_path / "there/new/deep/x.png"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    with whole(tmp_path / "new/deep/x.png") as temporary:
+        temporary.write_text("picture")
+    assert (tmp_path / "new/deep/x.png").read_text() == "picture"
+
+
 def test_what_safetensors_leaves_behind_is_cleared(tmp_path):
     for _ in range(2):                                            # a killed run, then one that ends well
         with contextlib.suppress(OSError), whole(tmp_path / "a.safetensors") as temporary:
