@@ -200,7 +200,8 @@ def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
     notes = [[seen(row, when, n) for when in sheets] for row in table] if "before" in table[0] else None
     write_sheets(job.folder / "before_after.png", sheets, prompts,
                  {"seed": seeds[:8], "edit": erased, "model": name, "settings": model.defaults},
-                 title=erased, notes=notes, footer=f"seeds {seeds[0]}–{seeds[:8][-1]}; model: {name}")
+                 title=erased, notes=notes, footer="below each: CLIP's first choice; " * bool(notes)
+                 + f"seeds {seeds[0]}–{seeds[:8][-1]}; model: {name}")
     return table
 
 

@@ -30,8 +30,9 @@ class VAEConfig:
     sample_size: int = 512
 
 
-SUPPORTED = {"act_fn": ("silu",), "mid_block_add_attention": (True,), "use_quant_conv": (True,),
-             "use_post_quant_conv": (True,), "shift_factor": (None,), "latents_mean": (None,)}
+SUPPORTED = {"in_channels": (3,), "out_channels": (3,), "act_fn": ("silu",),
+             "mid_block_add_attention": (True,), "use_quant_conv": (True,), "use_post_quant_conv": (True,),
+             "shift_factor": (None,), "latents_mean": (None,)}
 
 EPS = 1e-6                                   # every norm of the VAE; the U-Net's ResNets have 1e-5
 

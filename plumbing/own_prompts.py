@@ -37,6 +37,8 @@ def column_names(path: Path, fields: list[str], groups) -> list[str]:
 
 def read_row(names: list[str], fields: list[str], seed: int) -> dict:
     """A row's fields by name; prompt, seed (int) and class (or None) are made sure of. Raises ValueError."""
+    if "\0" in "".join(fields):
+        raise ValueError("a zero byte: is the file damaged?")
     if len(fields) > len(names):
         raise ValueError("more fields than columns; a prompt with commas needs quotes")
     if len(fields) <= names.index("prompt"):
