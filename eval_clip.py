@@ -28,7 +28,7 @@ from plumbing.cli import DTYPES, EDIT, command_line, measuring_args, pick_device
 from plumbing.detectors import find_detector
 from plumbing.disk import write_json
 from plumbing.edits import edit_labels, erased_by, read_edit
-from plumbing.models import model_folder
+from plumbing.models import model_folder, model_name
 from plumbing.own_prompts import names_among, read_prompts, score_prompts
 from plumbing.prompts import TASKS, choices, names_to_choose, prompts_to_watch, row_prompts
 from plumbing.results import RANK, Picture, asked_for, evaluate, out_folder, picture_name
@@ -319,11 +319,11 @@ def write_grids(out: Path, model: Model, weights: dict, prompts: list[str], eras
     drawn = draw_each(model, some, weights, seeds, steps=args.steps, batch=args.batch)
     steps = args.steps or model.defaults["steps"]
     settings = {"steps": steps, "guidance": model.defaults["guidance"], "dtype": args.dtype}
-    what = ", ".join(concept for concept, _ in erased)
-    write_sheets(out / "grid.png", drawn, some, {"seed": list(seeds), "edit": args.edit, "model": args.model,
+    what, name = ", ".join(concept for concept, _ in erased), model_name(args.model)
+    write_sheets(out / "grid.png", drawn, some, {"seed": list(seeds), "edit": args.edit, "model": name,
                                                  "settings": settings},
                  title=f"erased: {what}" if what else f"prompts of {args.prompts.name}",
-                 footer=f"{args.model}: seeds {seeds[0]}–{seeds[-1]}, {steps} steps")
+                 footer=f"{name}: seeds {seeds[0]}–{seeds[-1]}, {steps} steps")
 
 
 if __name__ == "__main__":

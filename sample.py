@@ -31,7 +31,7 @@ from plumbing import UserError, svg
 from plumbing.cli import (DTYPES, EDIT, at_least_1, check_seed, command_line, free_name, model_args,
                           pick_device, program, slug)
 from plumbing.edits import edit_labels, read_edit
-from plumbing.models import defaults, model_folder, tokenizer_folder, vae_folder
+from plumbing.models import defaults, model_folder, model_name, tokenizer_folder, vae_folder
 from plumbing.pictures import write_sheet
 from plumbing.progress import progress
 from plumbing.weights import check_finite, put_weights
@@ -281,8 +281,9 @@ def main() -> None:
     settings = {"steps": steps, "guidance": guidance, "sampler": args.sampler, "dtype": args.dtype}
     settings |= {name: value for name in ("negative", "size", "clip_skip", "vae")
                  if (value := getattr(args, name))}
-    write_sheets(out, drawn, args.prompts, {"seed": list(seeds), "edit": args.edit, "model": args.model,
-                                            "settings": settings}, footer=f"{args.model}: {how}")
+    name = model_name(args.model)
+    write_sheets(out, drawn, args.prompts, {"seed": list(seeds), "edit": args.edit, "model": name,
+                                            "settings": settings}, footer=f"{name}: {how}")
     print(f"{out}  {how}, {seconds:.2f} s per picture\n{out.with_suffix('.svg')}  the same with labels")
 
 

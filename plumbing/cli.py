@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from plumbing import UserError
-from plumbing.disk import refuse_existing
+from plumbing.disk import parents_of, refuse_existing
 from plumbing.formats import pipeline_files
 from plumbing.models import MINI
 from plumbing.prompts import TASKS, listed, use_book
@@ -193,7 +193,8 @@ def check_export(export: Path, out: Path, model: Path) -> None:
     refuse_existing(export, "choose another --export")
     if not (model / "model_index.json").exists():
         raise UserError("--export needs a model folder with a model_index.json, or a hub id")
-    pipeline_files(model)
+    with parents_of(export):                                      # an impossible place is found out now
+        pipeline_files(model)
     if out.resolve().is_relative_to(export.resolve()) or export.resolve().is_relative_to(out.resolve()):
         raise UserError(f"--export {export} and the edit folder {out} must lie apart")
 
@@ -213,10 +214,8 @@ def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--keep-pictures", action="store_true", help="keep every picture as a PNG, too")
     args = parser.parse_args()
     use_book(args.book)
-    if args.n is None:
-        args.n = 4 if args.quick else 20
-    if args.steps is None and args.quick:
-        args.steps = 12
+    args.n = args.n if args.n is not None else 4 if args.quick else 20
+    args.steps = 12 if args.steps is None and args.quick else args.steps
     check_seed(args.seed)
     at_least_1(args, "n", "steps", "batch")
     if args.out and args.out.exists() and not args.out.is_dir():

@@ -80,6 +80,7 @@ def test_sample_draws_the_untouched_model_and_each_edit_from_the_same_noise(here
     said = {key: json.loads(value) for key, value in sheet.text.items() if key != "model"}
     assert said["prompt"] == prompts and said["columns"] == ["untouched", "dog", "dog-uce"]
     assert said["seed"] == [0, 1] and said["edit"] == ["out/dog", "out/dog-uce"]
+    assert sheet.text["model"] == "mini" and str(MINI) not in (work / "sheet.svg").read_text("utf-8")
     assert said["settings"]["steps"] == 2 and said["settings"]["sampler"] == "ddim"
     text = (work / "sheet.svg").read_text(encoding="utf-8")
     words = re.findall(r"<text[^>]*>([^<]*)</text>", text)
