@@ -59,6 +59,14 @@ def pytest_terminal_summary(terminalreporter):
             say(f"{what:<32}{difference:>12.1e}{tolerance:>12.1e}{ours:>10.2f}{theirs:>10.2f}{mark}")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Two workers, where pytest-xdist is installed and the command says nothing of them."""
+    asked = getattr(config.option, "numprocesses", 0) is not None or config.option.usepdb
+    if not asked and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.option.numprocesses, config.option.dist, config.option.loadscopereorder = 2, "loadscope", False
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs gigabytes of memory and minutes; runs only with --slow")
 
