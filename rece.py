@@ -18,8 +18,8 @@ of the start (the original's W₀, or an edit's) and T is [D, D]. A round needs 
 The last is Eq. 7 again. e′ is 0 or the target ("regularizer"), e_t the target's rows, r those of ""; λ, l₁,
 s_e and s_p are the settings lam, l1, erase and retain. The authors' λ and rounds, in the units of SD v1.4's
 text space: 1e-1 and 3 for nudity, 1e-1 and 2 for other unsafe concepts, 1e-3 and 1 for styles and hard
-objects, 1e-1 and 1 for easy objects. Nothing guarantees that what is regained falls from round to round; it
-is printed.
+objects, 1e-1 and 1 for easy ones (none where UCE alone does). Nothing guarantees that what is regained falls
+from round to round; it is printed.
 """
 import math
 from dataclasses import dataclass
