@@ -245,5 +245,5 @@ def test_python_versions_are_said_in_one_place():
     """The README; the workflow runs the tests on the one that it names for them."""
     said = {page: re.findall(r"\b3\.1\d\b", page.read_text("utf-8")) for page in [*PAGES, MINI / "README.md"]}
     assert len(said.pop(PAGES[0])) == 2 and not any(said.values())
-    tests = re.search(r"the tests need (3\.\d+)", PAGES[0].read_text("utf-8"))[1]
+    tests = re.search(r"Tried with Python (3\.\d+)", PAGES[0].read_text("utf-8"))[1]
     assert f'python-version: "{tests}"' in (ROOT / ".github/workflows/tests.yml").read_text("utf-8")
