@@ -116,9 +116,11 @@ def check_finite(tensor: Tensor, network: str, dtype) -> None:
                         + advice.get(dtype, "is the guidance too large, or the edit damaged?"))
 
 
-def check_tensors(what: str | Path, tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
-    """Every tensor that is read passes here: of a name and shape in `shapes`, floating point, finite. Raises
-    UserError naming the first that is not, and how many."""
+def check_tensors(what: str | Path, tensors: dict[str, Tensor],
+                  shapes: dict[str, torch.Size] | None = None) -> None:
+    """Every tensor that is read passes here: of a name and shape in `shapes` (None: any), floating point,
+    finite. Raises UserError naming the first that is not, and how many."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()} if shapes is None else shapes
     known = {name: tensor for name, tensor in tensors.items() if name in shapes}
     real = {name: tensor for name, tensor in known.items() if tensor.is_floating_point()}
     for problem, names in {"has unknown": tensors.keys() - known.keys(),
