@@ -119,7 +119,8 @@ class Job:
     edit's, being written), preview (True: only the change of text is wanted, so training can be left out);
     clock("part") notes the seconds since the last part. To fill: about (for the edit's metadata), report
     (for run.json), drawing (see above), later (functions that draw, called once the edit is written), larger
-    (settings that a warning names, for the "ridge" and for what must "stay").
+    (settings that a warning names, for the "ridge" and for what must "stay"), trained (True: the tensors come
+    from training, and are written in float32 whatever the model's file holds).
     """
 
     def __init__(self, model: Path, concepts, anchors=None, task: str = "object", seed: int = 0,
@@ -129,6 +130,7 @@ class Job:
         self.args = NoFlags(no_pictures=True)
         self.pairs = make_pairs(concepts, anchors, task, self.text, rows, seed)
         self.about, self.report, self.drawing, self.later, self.larger = {}, {}, {}, [], {}
+        self.trained = False
         for doubt in doubts(self.pairs, model, self.text.tokenizer.count):
             print(f"warning: {doubt}", file=sys.stderr)
 
@@ -233,7 +235,7 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
         job.args, job.preview = args, bool(prompts)
         job.clock("text")
         if prompts:
-            as_filed(W := erase(job, s), folder)                  # refuses what is not finite
+            as_filed(W := erase(job, s), folder, job.trained)     # refuses what is not finite
             return preview(text_change(job.W0, W), prompts, job.text)
         for pair in job.pairs:
             print(f"{pair}: {pair.n} of {len(pair.e)} rows")
@@ -268,13 +270,13 @@ def erase_with(method, model: Model, concept: str, anchor: str | None = None, ta
         W = method.erase(job, s)
     if W and "numbers" not in job.report:
         job.say("edit", W)
-    return as_filed(W, job.model_folder), job.report
+    return as_filed(W, job.model_folder, job.trained), job.report
 
 
 def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor], dict]:
     """Write the edit, each tensor in the dtype of the model's file, its LoRA if asked, and run.json. Returns
     the tensors as written, and what an edit says of itself."""
-    args, filed = job.args, as_filed(W, job.model_folder)
+    args, filed = job.args, as_filed(W, job.model_folder, job.trained)
     about |= job.about | {"concepts": [pair.concept for pair in job.pairs],
                           "anchors": [pair.anchor for pair in job.pairs], "task": job.task, "seed": job.seed,
                           "model": model_name(args.model), "base_hash": base_hash(job.W0),

@@ -181,9 +181,11 @@ def gram(W: dict[str, Tensor], V: dict[str, Tensor]) -> Tensor:
     return sum(W[name].double().T @ V[name].double() for name in W)
 
 
-def as_filed(W: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
-    """W in the dtype of the model's file. Raises UserError for NaN and infinity there."""
-    W = {name: W[name].to(W0.dtype) for name, W0 in original(folder, W).items()}
+def as_filed(W: dict[str, Tensor], folder: str | Path, trained: bool = False) -> dict[str, Tensor]:
+    """W in the dtype of the model's file; what was trained stays in float32, as half precision loses most
+    changes of 1e-5. Raises UserError for NaN and infinity there."""
+    W = {name: W[name].detach().cpu().to(torch.float32 if trained else W0.dtype)
+         for name, W0 in original(folder, W).items()}
     check_tensors("the edit", W)
     return W
 

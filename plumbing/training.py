@@ -1,0 +1,46 @@
+"""Training of a method's weights: float32 copies learn, the network itself stays the untouched teacher."""
+import math
+from typing import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from plumbing import UserError
+from plumbing.progress import progress
+
+
+def learnable(unet: nn.Module, names) -> dict[str, Tensor]:
+    """Copies of these parameters that can learn, in float32 whatever the network's own precision is: bfloat16
+    would round small steps away."""
+    return {name: unet.get_parameter(name).detach().float().clone().requires_grad_() for name in names}
+
+
+def predict(unet: nn.Module, z: Tensor, t: Tensor | int, c: Tensor, W: dict[str, Tensor] = {}) -> Tensor:
+    """ε [B, 4, h, w], float32, with W in place of the network's own weights; differentiable in W. z like ε,
+    t int or [B], c [B, T, D], of any precision and on any device. Without W: the teacher's."""
+    own = unet.get_parameter("conv_in.weight")
+    z, c = (x.to(own.dtype).to(own.device) for x in (z, c))       # in this order: MPS has no float64
+    return functional_call(unet, {name: w.to(own.dtype) for name, w in W.items()}, (z, t, c)).float()
+
+
+def descend(params, loss: Callable[[int], Tensor], steps: int, optimizer: torch.optim.Optimizer, what: str,
+            clip: float = math.inf, dtype=torch.float32) -> list[float]:
+    """`steps` steps of an optimizer over `params` on loss(step), step = 1, 2, …; gradients no longer than
+    `clip`. dtype: the network's. Returns all losses. Raises UserError if one is not finite."""
+    params, losses = list(params), []
+    scaler = torch.amp.GradScaler(params[0].device.type, enabled=dtype == torch.float16)     # they underflow
+    for step in progress(range(1, steps + 1), what, "step"):
+        optimizer.zero_grad()
+        term = loss(step)
+        scaler.scale(term).backward()
+        scaler.unscale_(optimizer)
+        if clip < math.inf:
+            nn.utils.clip_grad_norm_(params, clip)
+        scaler.step(optimizer), scaler.update()
+        losses.append(term.detach())
+    losses = torch.stack(losses).tolist() if losses else []       # asked at last: a GPU is waited for once
+    for step, value in enumerate(losses, 1):
+        if not math.isfinite(value):
+            raise UserError(f"the loss became {value} at step {step}: try a smaller lr, or --dtype float32")
+    return losses
