@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from clip_text import CLIPTextModel, CLIPTokenizer
-from diffusion import SAMPLERS, Scheduler, guided
+from diffusion import SAMPLERS, Scheduler, ddim, guided
 from plumbing import UserError, svg
 from plumbing.cli import (DTYPES, EDIT, at_least_1, check_seed, command_line, free_name, model_args,
                           pick_device, program, slug)
@@ -177,6 +177,23 @@ class Model:
                     check_finite(x, "the VAE", self.dtype)
                 pictures.append((x / 2 + 0.5).clamp(0, 1))
         return torch.cat(pictures)
+
+    @torch.no_grad()
+    def trajectories(self, e: Tensor, empty: Tensor, seed: int, pictures: int) -> tuple[Tensor, ...]:
+        """Draw rows e [T, D] with guidance against `empty` [T, D], and keep every step: latents z [pictures,
+        steps, 4, h, w], times t [steps], and the noise predicted there, ε(z, t, e), like z."""
+        zs, ts, noises = [], [], []
+        both = torch.cat([rows.expand(pictures, -1, -1) for rows in (empty, e)])
+        both = both.to(self.dtype).to(self.device)                # in this order: MPS has no float64
+
+        def eps(z: Tensor, t: int) -> Tensor:
+            u, c = self.unet(torch.cat([z, z]).to(self.dtype), t, both).float().chunk(2)
+            zs.append(z), ts.append(t), noises.append(c)
+            return guided(u, c, self.defaults["guidance"])
+
+        noise = self.noise([seed % 2 ** 31 + i for i in range(pictures)]).to(self.device)
+        ddim(eps, noise, self.scheduler, self.defaults["steps"])
+        return torch.stack(zs, 1), torch.tensor(ts, device=self.device), torch.stack(noises, 1)
 
     def blended(self, texts: Tensor, seeds: list[int], strength: Callable, **how) -> Tensor:
         """`draw` with W₀ + m (W − W₀), where m is each prompt's strength: those of one m together."""
