@@ -299,7 +299,7 @@ def main() -> None:
     root = Path(__file__).resolve().parent
     for path in [root / "realera.py", root / "rece.py", *sorted((root / "baselines").glob("*.py"))]:
         first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
-        print(f"python {str(path.relative_to(root)):<22}{first}")
+        print(f"python {str(path.relative_to(root)):<28}{first}")
 
 
 if __name__ == "__main__":

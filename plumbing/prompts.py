@@ -125,6 +125,15 @@ def preserved_prompts(task: str, pairs) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
+def measured_words() -> set[str]:
+    """Every word that something is measured with: classes, synonyms, phrases, near things, drift."""
+    texts = [*UNRELATED, *book()["classes"]]
+    for entry in book()["classes"].values():
+        lists = [entry.get(name, []) for name in ("synonyms", "associated", "vanish", "disputed", "stay")]
+        texts += [*sum(lists, []), entry.get("far", "")]
+    return {word for text in texts for word in text.split()}
+
+
 def prompts_to_watch(concept: str, task: str = "object", anchor: str = "",
                      erased=()) -> list[tuple[str, str]]:
     """(what should be seen, prompt): the concept, two synonyms, two associated phrases, three others that are
