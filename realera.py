@@ -135,7 +135,7 @@ def beyond_concepts(e: Tensor, s: Settings, generator: torch.Generator) -> Tenso
 
 
 def expected_concepts(e: Tensor, e_star: Tensor, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """Few rows with the sums in Eq. (7) that M neighbors and N beyond-concepts have on average over the noise:
+    """Few rows with the sums in Eq. (7) that M neighbors and N beyond-concepts have on average over noise:
     multiples of e and of the unit matrix, see docs/mining.md. [n, D], [n, D] -> E, E*, P [n + D, D]."""
     d, D = math.sqrt(2) * e.norm().item(), e.shape[1]             # d = ‖v − e‖, but for O(1/√nD)
     noise = e.norm() / math.sqrt(D) * torch.eye(D, dtype=e.dtype)                    # √n σ I

@@ -117,17 +117,33 @@ def doubts(pairs, model: Path, count) -> list[str]:
     return said
 
 
+def nouns(kind: str) -> list[str]:
+    """"preserved", what must stay, or "watched", whose drift is told: the book's own list, or ours."""
+    return book().get(kind, {"preserved": PRESERVED, "watched": UNRELATED}[kind])
+
+
 def preserved_prompts(task: str, pairs) -> list[str]:
-    """"" (guidance's other half) first, the task's bare template, and 30 nouns but those of the pairs."""
+    """"" (guidance's other half) first, the task's bare template, the preserved nouns less the pairs'."""
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
-    nouns = [noun for noun in PRESERVED if not any(same_word(noun, word) for word in named)]
-    prompts = ["", TASKS[task][0].format("").strip(), *(f"a photo of the {noun}" for noun in nouns)]
+    kept = [noun for noun in nouns("preserved") if not any(same_word(noun, word) for word in named)]
+    prompts = ["", TASKS[task][0].format("").strip(), *(f"a photo of the {noun}" for noun in kept)]
     return list(dict.fromkeys(prompts))
+
+
+def names_around(task: str) -> list[str]:
+    """Names by which an edit is watched on the text alone: classes, their synonyms and near things, nouns; or
+    the task's own."""
+    if task != "object":
+        return list(ASSOCIATED.get(task, ()))
+    classes = book()["classes"]
+    near = [name for entry in classes.values() for group in ("synonyms", "disputed", "stay")
+            for name in entry.get(group, ())]
+    return list(dict.fromkeys([*classes, *near, *nouns("preserved"), *nouns("watched")]))
 
 
 def measured_words() -> set[str]:
     """Every word that something is measured with: classes, synonyms, phrases, near things, drift."""
-    texts = [*UNRELATED, *book()["classes"]]
+    texts = [*nouns("watched"), *book()["classes"]]
     for entry in book()["classes"].values():
         lists = [entry.get(name, []) for name in ("synonyms", "associated", "vanish", "disputed", "stay")]
         texts += [*sum(lists, []), entry.get("far", "")]

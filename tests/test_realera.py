@@ -157,7 +157,7 @@ def test_expected_sums_are_the_formulas_term_by_term():
         s = Settings(tolerance=tolerance, mining="expected", M=3, N=2)
         d, (n, D) = 2 ** 0.5 * e.norm().item(), e.shape
 
-        def mean(f, low, high):                                   # over a radius that is uniform in low … high
+        def mean(f, low, high):            # over a radius uniform in low … high
             xs = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000 * (high - low) + low
             return f(xs / d).mean()
 
@@ -590,7 +590,7 @@ def test_no_step_of_drawing_or_training_waits_for_the_gpu(model):
     assert waits(there.trajectories, *way) == 2                   # rows, noise
     ways = [Trajectories(*there.trajectories(*way))]
     add_lora(there.unet, 2)
-    assert waits(realera.align_noise, there, pairs, ways, W0, s) == len(W0) + 5      # both losses, twice; all steps'
+    assert waits(realera.align_noise, there, pairs, ways, W0, s) == len(W0) + 5  # losses, twice; each step
 
 
 class Held(TorchDispatchMode):

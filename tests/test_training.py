@@ -41,7 +41,7 @@ def test_copies_predict_as_weights_of_a_network_would_and_have_their_gradients(s
     other(z.float(), t, c.float()).square().sum().backward()
     predict(small_unet, z, t, c, W).square().sum().backward()
     assert torch.equal(W[NAME].grad, other.get_parameter(NAME).grad)
-    assert torch.equal(small_unet(z.float(), t, c.float()), plain)                   # the teacher is as it was
+    assert torch.equal(small_unet(z.float(), t, c.float()), plain)     # the teacher is as it was
 
 
 def test_a_bfloat16_networks_copies_learn_what_bfloat16_would_lose(small_unet, inputs):
