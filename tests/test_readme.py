@@ -201,7 +201,7 @@ def test_files_functions_and_tests_that_are_named_exist(page):
 def test_every_program_is_in_the_list_of_programs():
     text = (ROOT / "docs/commands.md").read_text("utf-8")
     programs = [path.relative_to(ROOT).as_posix() for pattern in ("*.py", *(f"{d}/*.py" for d in (
-        "baselines", "tools", "experiments", "mini"))) for path in ROOT.glob(pattern)
+        "baselines", "tools", "experiments", "mini", "course"))) for path in ROOT.glob(pattern)
                 if "__main__" in path.read_text("utf-8")]
     assert len(programs) >= 15
     assert [program for program in programs if f"| [{program}](../{program}) |" not in text] == []
