@@ -210,8 +210,8 @@ def parts_of_beyond_concepts(f: Answer):
 
 @exercise(6, ours.closed_form, "Δ = Σ (e* − e) eᵀ · B⁻¹: RealEra, Eq. (7)")
 def parts_of_closed_form(f: Answer):
-    hint = ("e is a row of E and a column in the formula: which product of E with itself is [D, D]? B⁻¹ stands "
-            "on the right, where a linear solve puts it on the left. λ1 weighs P alone, the ridge has B's units.")
+    hint = ("A column e of the formula is a row of E: which product of E and itself is [D, D]? B⁻¹ stands on "
+            "the right, a linear solve puts it on the left. λ1 weighs P alone; the ridge has B's units.")
     one = x([[0, 1]])
     f.value(hint, part=WORKED, E=x([[1, 0]]), E_star=one, P=one, lambda1=1.0, lambda2=1.0)
 

@@ -20,6 +20,7 @@ from course.grade import FILE, grade
 from course.parts import EXERCISES
 from helpers import ENV, ROOT
 from plumbing import UserError
+from plumbing.stats import wilson
 
 BY_NAME = {exercise.name: exercise for exercise in EXERCISES}
 NAMES = list(BY_NAME)
@@ -324,6 +325,23 @@ def test_the_table_of_exercises_is_right():
     assert [(int(number), name, int(points)) for number, name, _, _, points in rows] == [
         (exercise.number, exercise.name, exercise.points) for exercise in EXERCISES]
     assert len(rows) == 10 and sum(exercise.points for exercise in EXERCISES) == 40
+
+
+def test_numbers_of_the_pages_are_right():
+    teacher, wrong = ((ROOT / f"course/{name}.md").read_text("utf-8") for name in ("teacher", "wrong-pictures"))
+    plan = re.findall(r"^\| (\d+) \| ([^|]+) \|$", teacher.partition("## Where")[0], re.M)
+    assert sum(int(minutes) for minutes, _ in plan) == 120
+    minutes = dict(re.findall(r"^ +(\d+)  \w+ +\*+ +(\d+)", exercises.__doc__, re.M))
+    for total, what in plan:                                      # of exercises: what their header says
+        if numbers := re.match(r"exercises? (\d+)(?: and (\d+))?:", what):
+            assert int(total) == sum(int(minutes[number]) for number in numbers.groups() if number)
+    fast = [int(number) for number in re.search("Short of time: ([\\d, ]+), 15 of 40", teacher)[1].split(",")]
+    assert sum(EXERCISES[number - 1].points for number in fast) == 15
+    assert "begins at 51 %" in wrong and round(100 * wilson(1.0, 4)[0]) == 51
+    assert "above 65504" in wrong and torch.finfo(torch.float16).max == 65504
+    weight = torch.tensor(0.04, dtype=torch.float16)
+    assert "at a distance of 0.00003" in wrong and (weight + 0.00003).item() - weight.item() > 2.5e-5
+    assert "0.00001\n  is rounded away" in wrong and weight + 0.00001 == weight
 
 
 def test_the_course_needs_pytest_alone_beside_the_run_requirements():
