@@ -104,7 +104,7 @@ class Answer:
             leaves = {name: inputs[name].clone().requires_grad_() for name in learned}
             own, got = self.ours(**inputs | leaves), self("gradient", **inputs | leaves)
             hint = "Compute with tensors to the end: .item(), .detach(), float() and torch.tensor() lose it."
-            if not got.requires_grad:
+            if not (isinstance(got, Tensor) and got.requires_grad):
                 raise Wrong("gradient", inputs, "a result that can be differentiated", got, hint)
             weights = rows(*own.shape, seed=99)
             wanted = torch.autograd.grad((own * weights).sum(), leaves.values())

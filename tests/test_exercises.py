@@ -190,6 +190,11 @@ def test_answers_of_every_kind_are_wrong_and_no_crash(answer, got):
     assert re.search(rf"\n    got       {got}\n", graded("guided", answer).why)
 
 
+def test_a_number_for_a_tensor_has_no_gradient_and_is_no_crash():
+    loss = BY_NAME["noise_alignment_loss"].ours
+    assert "part      gradient\n" in graded("noise_alignment_loss", lambda *inputs: loss(*inputs).item()).why
+
+
 @pytest.mark.parametrize("answer", [lambda *_: None, lambda e, *_: e, lambda e, *_: (e, e)])
 @pytest.mark.parametrize("name", ["neighbor_concepts", "beyond_concepts"])
 def test_samplers_of_every_kind_are_wrong_and_no_crash(name, answer):
