@@ -116,7 +116,8 @@ def neighbor_concepts(e: Tensor, e_star: Tensor, s: Settings, generator) -> tupl
     near, near_star = e.repeat(s.M, 1, 1), e_star.repeat(s.M, 1, 1)
     for i in range(s.M):
         v_hat = towards_noise(e, generator)
-        r = uniform(*neighbor_radii(e, v_hat, s), generator)
+        nearest, farthest = neighbor_radii(e, v_hat, s)
+        r = uniform(nearest, farthest, generator)
         eta = r * v_hat                                           # Eq. (5)
         r_anchor = r if s.tolerance == "same" else uniform(0, s.D1_anchor * e.norm().item(), generator)
         near[i] += eta
@@ -130,7 +131,8 @@ def beyond_concepts(e: Tensor, s: Settings, generator: torch.Generator) -> Tenso
     far = e.repeat(s.N, 1, 1)
     for i in range(s.N):
         v_hat = towards_noise(e, generator)
-        far[i] += uniform(*beyond_radii(e, v_hat, s), generator) * v_hat             # l v̂
+        l = uniform(*beyond_radii(e, v_hat, s), generator)
+        far[i] += l * v_hat
     return far
 
 

@@ -86,27 +86,27 @@ MISTAKES = {
         ("no error", "math.acos(cosine)", "math.acos(min(1, cosine))")],
     "neighbor_concepts": [
         ("sign", "eta = r * v_hat", "eta = -r * v_hat"),
-        ("D1 without ‖e‖", "min(s.D1 * size", "min(s.D1"),
-        ("the farther limit", "farthest = min(", "farthest = max("),
+        ("D1 without ‖e‖", "min(s.D1 * e.norm().item()", "min(s.D1"),
+        ("the farther limit", "min(s.D1", "max(s.D1"),
         ("S1 forgotten", "radius_at(s.S1, e, v_hat)", "0.0"),
         ("S2 forgotten", "radius_at(s.S2, e, v_hat))", "9e9)"),
         ("no tolerance", "near_star[i] += r_anchor * v_hat", "r_anchor"),
         ("one radius for both", "near_star[i] += r_anchor", "near_star[i] += r"),
         ("r' by r's draw", "r_anchor * v_hat",
-         "(r - nearest) / (farthest - nearest) * s.D1_anchor * size * v_hat"),
+         "(r - nearest) / (farthest - nearest) * s.D1_anchor * e.norm() * v_hat"),
         ("another direction for targets", "r_anchor * v_hat", "r_anchor * v_hat.flip(1)"),
         ("targets at the concept", "e_star.repeat", "e.repeat"),
         ("not uniform", "eta = r * v_hat",
          "eta = (nearest + (r - nearest) ** 2 / (farthest - nearest)) * v_hat"),
         ("norm per row", "eta = r * v_hat", "eta = r * v_hat / v_hat.norm(dim=1, keepdim=True)"),
-        ("no error", "between(nearest, farthest", "between(nearest, max(farthest, nearest + 1e-9)")],
+        ("no error", "return room(", "return (lambda low, high, what: (low, max(high, low + 1e-9)))(")],
     "beyond_concepts": [
         ("sign", "+= l * v_hat", "-= l * v_hat"),
         ("D1 or S2", "max(s.D1 * size", "min(s.D1 * size"),
         ("S2 forgotten", "radius_at(s.S2, e, v_hat)", "0"),
         ("D2 without ‖e‖", "s.D2 * size", "s.D2"),
         ("η alone", "e.repeat(s.N, 1, 1)", "0 * e.repeat(s.N, 1, 1)"),
-        ("nearest alone", "far[i] += l", "far[i] += max(s.D1 * size, radius_at(s.S2, e, v_hat))"),
+        ("nearest alone", "far[i] += l", "far[i] += beyond_radii(e, v_hat, s)[0]"),
         ("no error", "s.D2 * size, \"beyond", "(s.D2 if s.D2 > 0.2 else 9) * size, \"beyond")],
     "closed_form": [
         ("sign", "(E_star - E)", "(E - E_star)"),
@@ -137,9 +137,13 @@ MISTAKES = {
         ("no error", "torch.linalg.cholesky_ex(T", "torch.linalg.cholesky_ex(1e-12 * torch.eye(len(T)) + T")]}
 
 
+CALLED = {realera.neighbor_concepts: [realera.neighbor_radii],
+          realera.beyond_concepts: [realera.beyond_radii]}
+
+
 def mistaken(function, old, new):
-    """The function, with `new` in place of `old` in its source."""
-    source = inspect.getsource(function)
+    """The function, with `new` in place of `old` in its source, or in that of a part of it."""
+    source = "\n\n".join(map(inspect.getsource, [*CALLED.get(function, []), function]))
     assert old in source, old
     names = dict(vars(sys.modules[function.__module__]))
     exec(source.replace(old, new), names)
