@@ -208,7 +208,7 @@ def trajectories(model, e: Tensor, empty: Tensor, seed: int, pictures: int) -> T
     both = both.to(model.dtype).to(model.device)                  # in this order: MPS has no float64
 
     def eps(z: Tensor, t: int) -> Tensor:
-        u, c = model.unet(torch.cat([z, z]).to(model.dtype), t, both).float().chunk(2)
+        u, c = model.unet(torch.cat([z, z]), t, both).float().chunk(2)
         zs.append(z), ts.append(t), targets.append(c)
         return guided(u, c, model.defaults["guidance"])
 
