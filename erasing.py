@@ -50,8 +50,7 @@ from sample import Model, Text, draw_each, write_sheets
 
 @dataclass
 class Pair:
-    """A concept and its anchor: e, e_star [T, D], float64, of two prompts; edited are n rows from start(_star)
-    on."""
+    """A concept and its anchor: e, e_star [T, D], float64; edited are n rows from start(_star) on."""
     concept: str
     anchor: str
     e: Tensor
@@ -116,6 +115,12 @@ def make_pairs(concepts, anchors, task: str, text, rows: str, seed: int,
         pairs.append(Pair(concept, anchor, e, e_star, start, start_star, n, int.from_bytes(own[:6], "big"),
                           p, p_star))
     return pairs
+
+
+def last_tokens(text, texts: list[str]) -> Tensor:
+    """The row of each text's last token, [texts, D], float64."""
+    rows = text(texts or [""]).cpu().double()                     # [texts, T, D]
+    return rows[range(len(texts)), [min(text.tokenizer.count(x), rows.shape[1] - 2) for x in texts]]
 
 
 class Job:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
-from erasing import Job, edited, run
+from erasing import Job, edited, last_tokens, run
 from plumbing import UserError
 from plumbing.prompts import TASKS, retained_words
 
@@ -84,11 +84,7 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     template = "{}" if s.prompts == "word" else TASKS[job.task][0]
     texts = ["", *map(template.format, retained_words(s.retain, job.pairs))]
     texts = texts[1:] if s.rows == "token" else texts
-    stay = job.text(texts or [""]).cpu().double()[:len(texts)]    # [texts, T, D]
-    if s.rows == "token":
-        last = [min(job.text.tokenizer.count(text), stay.shape[1] - 2) for text in texts]
-        stay = stay[range(len(texts)), last]
-    stay = stay.reshape(-1, stay.shape[-1])
+    stay = last_tokens(job.text, texts) if s.rows == "token" else job.text(texts).cpu().double().flatten(0, 1)
     if s.preserve_scale == -1:
         s = dataclasses.replace(s, preserve_scale=1.0 if s.rows == "token" else max(0.1, 1 / len(texts)))
     job.about["settings"], job.report["prompts"]["retained"] = dataclasses.asdict(s), texts
