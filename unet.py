@@ -224,7 +224,7 @@ class MidBlock(nn.Module):
 class UNet(nn.Module):
     """x [B, 4, h, w], t int or [B], context [B, T, D] -> predicted noise [B, 4, h, w].
 
-    alphas_cumprod: None; or of weights that predict the velocity v, ᾱ [1000]: then ε follows from v, in float32.
+    alphas_cumprod: None; or, of weights that predict the velocity v, ᾱ [1000]: ε then follows in float32.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()):
