@@ -93,6 +93,8 @@ class Model:
                             f"{self.text.encoder.config.hidden_size} wide, but its U-Net reads "
                             f"{widths.cross_attention_dim}")
         self.scheduler = Scheduler.from_pretrained(folder / "scheduler")
+        if self.scheduler.config.prediction_type == "v_prediction":        # SD 2.1's: from now on it gives ε
+            self.unet.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
         self.defaults = defaults(folder) | ({} if size is None else {"size": size})
         size = self.defaults["size"]
         self.size = (size, size) if isinstance(size, int) else size
@@ -165,7 +167,7 @@ class Model:
                 def eps(z: Tensor, t: int) -> Tensor:
                     bar.update(len(z))
                     time = torch.full((), t, device=self.device)  # --compile would compile anew for each int
-                    many = torch.cat([z] * (1 + len(always))).to(self.dtype)
+                    many = torch.cat([z] * (1 + len(always)))
                     noise = self.unet(many, time, context).float().chunk(1 + len(always))
                     return guide(noise[0], noise[1], t, *noise[2:])
 
@@ -187,7 +189,7 @@ class Model:
         both = both.to(self.dtype).to(self.device)                # in this order: MPS has no float64
 
         def eps(z: Tensor, t: int) -> Tensor:
-            u, c = self.unet(torch.cat([z, z]).to(self.dtype), t, both).float().chunk(2)
+            u, c = self.unet(torch.cat([z, z]), t, both).float().chunk(2)
             zs.append(z), ts.append(t), noises.append(c)
             return guided(u, c, self.defaults["guidance"])
 

@@ -1,6 +1,7 @@
 """The prompts that everything is made and measured with: templates, anchors, what must stay, groups;
 and what may not be meant in what is asked for."""
 import difflib
+import re
 import shlex
 from pathlib import Path
 
@@ -124,10 +125,21 @@ def nouns(kind: str) -> list[str]:
 
 def preserved_prompts(task: str, pairs) -> list[str]:
     """"" (guidance's other half) first, the task's bare template, the preserved nouns less the pairs'."""
+    kept = (f"a photo of the {noun}" for noun in retained_words("nouns", pairs))
+    return list(dict.fromkeys(["", TASKS[task][0].format("").strip(), *kept]))
+
+
+def retained_words(words: str, pairs) -> list[str]:
+    """"bird, Cat" -> ["bird", "cat"], without those in which a concept is named; "nouns" -> the preserved
+    ones but those of the pairs. Raises UserError if nothing is left of what is given."""
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
-    kept = [noun for noun in nouns("preserved") if not any(same_word(noun, word) for word in named)]
-    prompts = ["", TASKS[task][0].format("").strip(), *(f"a photo of the {noun}" for noun in kept)]
-    return list(dict.fromkeys(prompts))
+    given = [" ".join(word.lower().split()) for word in words.split(",")] if words != "nouns" else [
+        noun for noun in nouns("preserved") if not any(same_word(noun, word) for word in named)]
+    kept = [word for word in dict.fromkeys(given) if word and not any(
+        re.search(rf"\b{re.escape(pair.concept)}\b", word) for pair in pairs)]
+    if words and not kept:
+        raise UserError(f"--retain {words!r} names nothing but what is erased")
+    return kept
 
 
 def names_around(task: str) -> list[str]:
