@@ -39,7 +39,7 @@ from plumbing import UserError
 from plumbing.cli import (DTYPES, Clock, NoFlags, check_export, command_line, erasing_args, lines_of,
                           pick_device, program, settings_of, slug)
 from plumbing.disk import whole_folder
-from plumbing.drift import drifts, preview, surroundings, text_change, warning_of
+from plumbing.drift import drifts, preview, say_shares, text_change
 from plumbing.edits import (as_filed, base_hash, change, cross_attention, original, text_hash, write_edit,
                             write_report)
 from plumbing.formats import export_pipeline, write_lora
@@ -259,7 +259,8 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
             W, about = save(job, erase(job, s), {"method": method, "settings": dataclasses.asdict(s)})
         job.folder = args.out                                     # from here on nothing can take it away
         print(f"wrote {args.out}/")
-        about["shares"] = say_shares(job, W)
+        if W.keys() & job.W0.keys():
+            about["shares"] = say_shares(text_change(job.W0, W), job.pairs, job.task, job.text)
         if not args.no_pictures:
             for draw in job.later:
                 draw()
@@ -288,20 +289,6 @@ def erase_with(method, model: Model, concept: str, anchor: str | None = None, ta
     if W and "numbers" not in job.report:
         job.say("edit", W)
     return as_filed(W, job.model_folder, job.trained), job.report
-
-
-def say_shares(job: Job, W: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """How far the names nearest to each concept go with it, by text alone: {pair: {name: share}}."""
-    if not W.keys() & job.W0.keys():
-        return {}
-    found = surroundings(text_change(job.W0, W), job.pairs, job.task, job.text)
-    for pair in job.pairs[:5]:
-        near = ", ".join(f"{name} {share:.2f}" for name, share in found.get(str(pair), {}).items())
-        if near:
-            print(f"{pair}: of the way go, the nearest first, {near}")
-        if doubt := warning_of(pair.concept, found.get(str(pair), {})):
-            print(f"warning: {doubt}", file=sys.stderr)
-    return found
 
 
 def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor], dict]:

@@ -1,5 +1,6 @@
 """How far an edit moves prompts, by text alone."""
 import statistics
+import sys
 
 import torch
 from torch import Tensor
@@ -63,6 +64,17 @@ def warning_of(concept: str, gone: dict[str, float]) -> str:
     stay, synonym = max(stays, key=stays.get), min(goes, key=goes.get)
     return (f"“{stay}”, which should stay, goes {stays[stay]:.2f} of the way, further than the synonym "
             f"“{synonym}” ({goes[synonym]:.2f})")
+
+
+def say_shares(delta: Tensor, pairs, task: str, text) -> dict[str, dict[str, float]]:
+    """Print the surroundings of the first five concepts, and what is doubtful there; returns all."""
+    found = surroundings(delta, pairs, task, text)
+    for pair in pairs[:5] if found else ():
+        near = ", ".join(f"{name} {share:.2f}" for name, share in found[str(pair)].items())
+        print(f"{pair}: of the way go, the nearest first, {near}")
+        if doubt := warning_of(pair.concept, found[str(pair)]):
+            print(f"warning: {doubt}", file=sys.stderr)
+    return found
 
 
 def movement(delta: Tensor, prompts: list[str], text) -> list[float]:
