@@ -4,7 +4,7 @@ Paper: Gandikota et al. 2023, "Erasing Concepts from Diffusion Models".
 
     python baselines/esd.py --concept airplane                             # ESD-x: the cross-attention
     python baselines/esd.py --concept airplane --set variant=u             # ESD-u: everything else
-    python baselines/esd.py --concept airplane --set lr=1e-4               # mini: harder (docs/methods.md)
+    python baselines/esd.py --concept airplane --set iterations=200 lr=1e-4          # enough for mini
 
 ε* is the untouched network, ε the one that learns; c is the concept's bare word, z_t a latent on the way to a
 picture of it, as ε itself draws it by now:

@@ -111,7 +111,8 @@ def test_the_tuned_network_draws_unless_it_is_frozen(model, capsys):
     assert "far more than the concept; try a smaller lr" in capsys.readouterr().err  # it has no other cure
 
 
-def test_same_seed_same_tensors_from_the_command_too_and_the_report_says_how(model, here, tmp_path, capsys):
+def test_same_seed_same_tensors_from_the_command_too_and_the_report_says_how(model, here, refused, tmp_path,
+                                                                             capsys):
     W, found = erase_with(esd, model, "airplane", "", **FEW)
     here("baselines/esd.py", "--concept", "airplane", "--no-pictures", "--set", "iterations=2", "steps=3",
          cwd=tmp_path)
@@ -123,6 +124,8 @@ def test_same_seed_same_tensors_from_the_command_too_and_the_report_says_how(mod
     assert "no anchor" not in capsys.readouterr().err
     erase_with(esd, model, "airplane", "sky", iterations=1, steps=1)
     assert "ESD looks at no anchor" in capsys.readouterr().err
+    refused("tools/export.py", "--edit", folder, "--lora", 4, cwd=tmp_path, match="matrices alone")
+    refused("tools/merge.py", folder, folder, cwd=tmp_path, match="made by ESD: only edits of realera.py")
 
 
 @pytest.mark.parametrize("flags, match", [
