@@ -91,9 +91,10 @@ def guided(u: Tensor, c: Tensor, s: float) -> Tensor:
     return u + s * (c - u)
 
 
-def ddim(eps: Callable, z: Tensor, scheduler: Scheduler, steps: int) -> Tensor:
-    """DDIM with η = 0. eps(z, t) -> noise like z; z [B, 4, h, w], pure noise -> the latent of a picture."""
-    times = scheduler.timesteps(steps)
+def ddim(eps: Callable, z: Tensor, scheduler: Scheduler, steps: int, part: slice = slice(None)) -> Tensor:
+    """DDIM with η = 0. eps(z, t) -> noise like z; z [B, 4, h, w], pure noise -> the latent of a picture.
+    part: of the steps, those to take."""
+    times = scheduler.timesteps(steps)[part]
     gap = scheduler.config.num_train_timesteps // steps
     for t in times:
         a, a_next = scheduler.alpha(t), scheduler.alpha(t - gap)

@@ -179,7 +179,8 @@ class Job:
         absurd = {b for b in limits for name in numbers if name.startswith(b) and numbers[name] > limits[b]}
         if absurd:
             cure = self.larger.get("ridge" if absurd & {"cond", "‖ΔW‖"} else "stay", "weight of what stays")
-            print(f"warning: this moves far more than the concept; try a larger {cure}"
+            cure = "smaller lr" if self.trained else f"larger {cure}"
+            print(f"warning: this moves far more than the concept; try a {cure}"
                   + ", or fewer concepts" * (len(self.pairs) > 1), file=sys.stderr)
         self.report["numbers"] = numbers
 

@@ -87,6 +87,12 @@ def export_pipeline(target: Path, model: Path, W: dict[str, Tensor], about: dict
     print(f"wrote {target}/ for diffusers")
 
 
+def matrices_alone(W: dict[str, Tensor]) -> None:
+    """Raises UserError for tensors of which no LoRA can be made."""
+    if not W or any(tensor.ndim != 2 for tensor in W.values()):
+        raise UserError("a LoRA holds changes of matrices alone: this edit changes something else or nothing")
+
+
 def low_rank(W0: dict[str, Tensor], W: dict[str, Tensor], rank: int) -> tuple[dict, float]:
     """The nearest B A of this rank to every W − W₀ (truncated SVD; Eckart and Young 1936).
 
@@ -94,8 +100,7 @@ def low_rank(W0: dict[str, Tensor], W: dict[str, Tensor], rank: int) -> tuple[di
     the relative error ‖ΔW − B A‖/‖ΔW‖ over all matrices together. A closed form without noise alignment is
     W₀ Δ, and Δ = Σ (e* − e) eᵀ · B⁻¹ has the rank of the edited rows at most: from there on it is exact.
     """
-    if not W or any(tensor.ndim != 2 for tensor in W.values()):
-        raise UserError("a LoRA holds changes of matrices alone: this edit changes something else or nothing")
+    matrices_alone(W)
     factors, missed, moved = {}, 0.0, 0.0
     for name in W0:
         change = W[name].double() - W0[name].double()

@@ -7,7 +7,28 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from plumbing import UserError
+from plumbing.formats import matrices_alone
 from plumbing.progress import progress
+
+
+def begin(job, names) -> dict[str, Tensor]:
+    """The copies of these parameters that a method's job trains. Raises UserError at once for what could not
+    be done with them once they are trained."""
+    if job.preview:
+        raise UserError("--preview has no closed form to show here: make the edit, then tools/preview.py")
+    W, job.trained = learnable(job.model.unet, names), True
+    if job.args.export_lora:
+        matrices_alone(W)
+    return W
+
+
+def tell(job, losses: list[float]) -> None:
+    """Print and report how the loss fell: its first and last value, and the means of its first and last
+    tenth, as a single step's says little."""
+    tenth = math.ceil(len(losses) / 10)
+    first, last = (sum(some) / tenth for some in (losses[:tenth], losses[-tenth:]))
+    print(f"loss, mean of the first {tenth} and the last {tenth} steps: {first:.2e} → {last:.2e}")
+    job.report["loss"] = {"first": losses[0], "last": losses[-1], "first tenth": first, "last tenth": last}
 
 
 def learnable(unet: nn.Module, names) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import diffusers
 import pytest
 import torch
 
-from diffusion import SAMPLERS, Scheduler, SchedulerConfig, guided
+from diffusion import SAMPLERS, Scheduler, SchedulerConfig, ddim, guided
 from plumbing import UserError
 
 SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
@@ -108,3 +108,12 @@ def test_impossible_step_counts_are_refused():
     for steps in (0, -3, 1001):
         with pytest.raises(UserError, match="steps"):
             Scheduler().timesteps(steps)
+
+
+def test_ddim_can_stop_on_the_way_and_go_on():
+    start, whole = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0)), []
+    end = ddim(lambda z, t: (whole.append(t), z / (t + 1))[1], start, Scheduler(), 5)
+    seen = []
+    for part in (slice(0, 2), slice(2, 5)):
+        start = ddim(lambda z, t: (seen.append(t), z / (t + 1))[1], start, Scheduler(), 5, part)
+    assert torch.equal(start, end) and seen == whole == [801, 601, 401, 201, 1]
