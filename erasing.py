@@ -283,6 +283,7 @@ def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor]
                           "text_hash": text_hash(job.model_folder)}
     if W and "numbers" not in job.report:
         job.say("edit", W)
+    job.report["dtype"] = str(next(iter(job.W0.values())).dtype).removeprefix("torch.")     # the model file's
     if args.export_lora:
         W0, name = original(job.model_folder, W), args.out.absolute().name
         job.report["LoRA error"] = write_lora(job.folder, name, W0, W, args.export_lora, about)

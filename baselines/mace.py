@@ -109,8 +109,8 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
             S = S + e[i, rows].T @ e[i, rows]
             C = C + (e_star[i, rows_star] - e[i, rows]).T @ e[i, rows]
     W1 = W2 = edited(job.W0, times_ridge_inverse(C, S, s.lamb))
-    job.report |= {"prompts": prompts, "templates": texts, "losses": [], "rows": "beginning, end, all after",
-                   "dtype": str(next(iter(job.W0.values())).dtype).removeprefix("torch.")}
+    job.report |= {"prompts": prompts, "templates": texts, "losses": [],
+                   "rows": "common beginning, common end, and all after it"}
     job.clock("closed form")
     job.say("closed form", W1)
     for i, pair in enumerate(job.pairs if s.lora_steps and not job.preview else []):
