@@ -45,7 +45,7 @@ def test_training_takes_attention_from_the_columns_and_as_published_says_which(s
     monkeypatch.setattr(fmn, "descend", lambda *args, **how: losses.append(plain(*args, **how)) or losses[-1])
     monkeypatch.setattr(fmn, "noisy", lambda model, z0, generator: asked.append(z0) or (
         model.scheduler.add_noise(z0, torch.ones_like(z0), torch.tensor([300])), torch.tensor([300]), None))
-    many, n = {"steps": 6, "pictures": 1, "lr": 3e-3}, small.text.tokenizer.count("cat")
+    many, n = {"steps": 12, "pictures": 1, "lr": 3e-3}, small.text.tokenizer.count("cat")
     for as_published, columns in ((True, range(5, 77)), (False, range(5, 6 + n))):   # from the word on
         _, report = erase_with(fmn, small, "cat", "", as_published=as_published, **many)
         assert report["columns"] == [list(columns)]
