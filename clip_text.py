@@ -82,6 +82,10 @@ class CLIPTokenizer:
         """How many tokens `text` has by itself, without the begin and end tokens."""
         return len(self._plain.encode(text, add_special_tokens=False).ids)
 
+    def vocabulary(self) -> list[str]:
+        """All tokens, as vocab.json spells them: the last piece of a word ends in `</w>`."""
+        return list(self._plain.get_vocab())
+
     def words(self, ids) -> str:
         """Token ids as text."""
         return self._plain.decode(list(ids)).replace("</w>", " ").strip()

@@ -4,7 +4,9 @@
     z = sample(eps, latents, scheduler, steps=25)        # eps(z, t) -> predicted noise, guidance included
 
 The steps equal diffusers' DDIMScheduler and PNDMScheduler (skip_prk_steps, "leading" spacing) step by step.
-Papers: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Liu et al. 2022 (PNDM), Ho & Salimans 2021 (guidance).
+A network that predicts v, as Stable Diffusion 2.1's does, is asked for ε all the same: see `noise_of`.
+Papers: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Liu et al. 2022 (PNDM), Ho & Salimans 2021 (guidance),
+Salimans & Ho 2022 (v).
 """
 import sys
 from dataclasses import dataclass
@@ -28,10 +30,11 @@ class SchedulerConfig:
     steps_offset: int = 1
     set_alpha_to_one: bool = False
     timestep_spacing: str = "leading"
+    prediction_type: str = "epsilon"         # or "v_prediction": what the network was trained to give
 
 
-SUPPORTED = {"prediction_type": ("epsilon",), "timestep_spacing": ("leading", "linspace"),
-             "trained_betas": (None,), "beta_schedule": ("scaled_linear", "linear"),
+SUPPORTED = {"prediction_type": ("epsilon", "v_prediction"), "trained_betas": (None,),
+             "timestep_spacing": ("leading", "linspace"), "beta_schedule": ("scaled_linear", "linear"),
              "skip_prk_steps": (True,), "clip_sample": (False,), "thresholding": (False,),
              "rescale_betas_zero_snr": (False,)}
 
@@ -73,6 +76,16 @@ class Scheduler:
         return a.sqrt() * z0 + (1 - a).sqrt() * noise
 
 
+def noise_of(z: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    """ε from the velocity v = √ᾱ ε − √(1 − ᾱ) z_0 and z_t = √ᾱ z_0 + √(1 − ᾱ) ε; a is ᾱ_t."""
+    return a.sqrt() * v + (1 - a).sqrt() * z
+
+
+def velocity_of(z: Tensor, noise: Tensor, a: Tensor) -> Tensor:
+    """The other way round: v from ε and z_t."""
+    return (noise - (1 - a).sqrt() * z) / a.sqrt()
+
+
 def guided(u: Tensor, c: Tensor, s: float) -> Tensor:
     """Classifier-free guidance: from the unconditional prediction u along (c − u), s times as far as c."""
     return u + s * (c - u)
@@ -94,12 +107,15 @@ def pndm(eps: Callable, z: Tensor, scheduler: Scheduler, steps: int) -> Tensor:
     """Pseudo linear multistep: the last four predictions, extrapolated. SD v1.4's own default sampler.
 
     The second time is visited twice (steps + 1 evaluations): a predictor, then a corrector that replaces it.
+    What is extrapolated is the network's own prediction, v if that is what it gives: so does diffusers.
     """
-    times = scheduler.timesteps(steps)
+    times, velocity = scheduler.timesteps(steps), scheduler.config.prediction_type == "v_prediction"
     gap = scheduler.config.num_train_timesteps // steps
     history: list[Tensor] = []                                    # newest last
     for i, t in enumerate(times[:1] + times[1:2] + times[1:]):
         noise = eps(z, t)
+        if velocity:
+            noise = velocity_of(z, noise, scheduler.alpha(t))
         if i == 1:                                                # corrector: step 0 again, both ends' mean
             z, noise, start = first, (noise + history[-1]) / 2, times[0]
         else:
@@ -107,6 +123,8 @@ def pndm(eps: Callable, z: Tensor, scheduler: Scheduler, steps: int) -> Tensor:
             noise = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(history)], reversed(history)))
         if i == 0:
             first = z
+        if velocity:
+            noise = noise_of(z, noise, scheduler.alpha(start))
         z = pndm_transfer(scheduler, z, noise, start, start - gap)
     return z
 

@@ -39,7 +39,7 @@ from plumbing import UserError
 from plumbing.cli import (DTYPES, Clock, NoFlags, check_export, command_line, erasing_args, lines_of,
                           pick_device, program, settings_of, slug)
 from plumbing.disk import whole_folder
-from plumbing.drift import drifts, preview, text_change
+from plumbing.drift import drifts, preview, surroundings, text_change, warning_of
 from plumbing.edits import (as_filed, base_hash, change, cross_attention, original, text_hash, write_edit,
                             write_report)
 from plumbing.formats import export_pipeline, write_lora
@@ -59,6 +59,8 @@ class Pair:
     start_star: int
     n: int
     seed: int
+    prompt: str = ""
+    prompt_star: str = ""
 
     def __str__(self) -> str:
         return f"{self.concept} → {self.anchor or 'nothing'}"
@@ -76,14 +78,17 @@ class Pair:
         return context
 
 
-def make_pairs(concepts, anchors, task: str, text, rows: str, seed: int) -> list[Pair]:
+def make_pairs(concepts, anchors, task: str, text, rows: str, seed: int,
+               prompts: str = "template") -> list[Pair]:
     """A Pair for each concept and its anchor: two lists, or two strings. An anchor None is the book's own, or
-    the task's. `rows`: tail = the last concept token and all after it; token = that token alone.
+    the task's. `rows`: tail = the last concept token and all after it; token = that token alone. `prompts`:
+    template = the task's; word = the bare word, as in the code of UCE, where an empty anchor's rows begin
+    with begin-of-text.
 
     The pairs come sorted, each with a seed of its own, so the order in which they were given is moot. Blocks
     are aligned at their first row; the longer one loses its end. Raises UserError for what cannot be erased.
     """
-    template = TASKS[task][0]
+    template, first = ("{}", 0) if prompts == "word" else (TASKS[task][0], 1)
     concepts, anchors = ([x] if isinstance(x, str) else x for x in (concepts, anchors))
     concepts = [" ".join(concept.lower().split()) for concept in concepts]           # CLIP reads no capitals
     if not all(concepts):
@@ -102,13 +107,20 @@ def make_pairs(concepts, anchors, task: str, text, rows: str, seed: int) -> list
         p, p_star = template.format(concept), template.format(anchor) if anchor else ""
         e, e_star = text([p, p_star]).cpu().double()              # in this order: MPS has no float64
         # row 0 is begin-of-text, so the last of k tokens is row k; an empty anchor starts at its end-of-text
-        start, start_star = text.tokenizer.count(p), max(1, text.tokenizer.count(p_star))
+        start, start_star = text.tokenizer.count(p), max(first, text.tokenizer.count(p_star))
         if max(start, start_star) > len(e) - 2:
             raise UserError(f"concept and anchor must fit into {len(e)} tokens: {p[:60]!r}, {p_star[:60]!r}")
         n = 1 if rows == "token" else len(e) - max(start, start_star)
         own = hashlib.sha256(json.dumps([seed, concept, anchor]).encode()).digest()
-        pairs.append(Pair(concept, anchor, e, e_star, start, start_star, n, int.from_bytes(own[:6], "big")))
+        pairs.append(Pair(concept, anchor, e, e_star, start, start_star, n, int.from_bytes(own[:6], "big"),
+                          p, p_star))
     return pairs
+
+
+def last_tokens(text, texts: list[str]) -> Tensor:
+    """The row of each text's last token, [texts, D], float64."""
+    rows = text(texts or [""]).cpu().double()                     # [texts, T, D]
+    return rows[range(len(texts)), [min(text.tokenizer.count(x), rows.shape[1] - 2) for x in texts]]
 
 
 class Job:
@@ -124,12 +136,14 @@ class Job:
     """
 
     def __init__(self, model: Path, concepts, anchors=None, task: str = "object", seed: int = 0,
-                 rows: str = "tail", device="cpu", dtype=torch.float32):
+                 rows: str = "tail", device="cpu", dtype=torch.float32, prompts: str = "template"):
         self.model_folder, self.task, self.seed, self.device, self.dtype = model, task, seed, device, dtype
         self.clock, self.text, self.folder, self.preview = Clock(), Text(model), None, False
         self.args = NoFlags(no_pictures=True)
-        self.pairs = make_pairs(concepts, anchors, task, self.text, rows, seed)
-        self.about, self.report, self.drawing, self.later, self.larger = {}, {}, {}, [], {}
+        self.pairs = make_pairs(concepts, anchors, task, self.text, rows, seed, prompts)
+        self.about, self.drawing, self.later, self.larger = {}, {}, [], {}
+        self.report = {"prompts": {"erased": [pair.prompt for pair in self.pairs],
+                                   "anchor": [pair.prompt_star for pair in self.pairs], "retained": []}}
         self.trained = False
         for doubt in doubts(self.pairs, model, self.text.tokenizer.count):
             print(f"warning: {doubt}", file=sys.stderr)
@@ -148,7 +162,9 @@ class Job:
 
     def stay(self, real_prompts: bool) -> Tensor:
         """Rows of what must stay, float64 [prompts, T, D]: "" first, and alone without `real_prompts`."""
-        return self.text(preserved_prompts(self.task, self.pairs) if real_prompts else [""]).cpu().double()
+        kept = preserved_prompts(self.task, self.pairs) if real_prompts else [""]
+        self.report["prompts"]["retained"] = kept
+        return self.text(kept).cpu().double()
 
     def say(self, what: str, W: dict[str, Tensor], **numbers: float) -> None:
         """Print and keep the numbers of `what`, such as "closed form": the method's own, ‖ΔW‖/‖W‖ and drifts;
@@ -231,7 +247,7 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
         if args.export:
             check_export(args.export, args.out, folder)
         job = Job(folder, args.concept, args.anchor, args.task, args.seed, getattr(s, "rows", "tail"), device,
-                  DTYPES[args.dtype])
+                  DTYPES[args.dtype], getattr(s, "prompts", "template"))
         job.args, job.preview = args, bool(prompts)
         job.clock("text")
         if prompts:
@@ -243,6 +259,7 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
             W, about = save(job, erase(job, s), {"method": method, "settings": dataclasses.asdict(s)})
         job.folder = args.out                                     # from here on nothing can take it away
         print(f"wrote {args.out}/")
+        about["shares"] = say_shares(job, W)
         if not args.no_pictures:
             for draw in job.later:
                 draw()
@@ -264,13 +281,27 @@ def erase_with(method, model: Model, concept: str, anchor: str | None = None, ta
     is the class's own in the book, or the task's. Raises UserError for what cannot be erased."""
     s = settings_of(method.Settings, settings)
     job = Job(model.folder, concept, anchor, task, seed, getattr(s, "rows", "tail"), model.device,
-              model.dtype)
+              model.dtype, getattr(s, "prompts", "template"))
     with tempfile.TemporaryDirectory() as folder:                 # of what the command writes besides W
         job.folder = Path(folder)
         W = method.erase(job, s)
     if W and "numbers" not in job.report:
         job.say("edit", W)
     return as_filed(W, job.model_folder, job.trained), job.report
+
+
+def say_shares(job: Job, W: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """How far the names nearest to each concept go with it, by text alone: {pair: {name: share}}."""
+    if not W.keys() & job.W0.keys():
+        return {}
+    found = surroundings(text_change(job.W0, W), job.pairs, job.task, job.text)
+    for pair in job.pairs[:5]:
+        near = ", ".join(f"{name} {share:.2f}" for name, share in found.get(str(pair), {}).items())
+        if near:
+            print(f"{pair}: of the way go, the nearest first, {near}")
+        if doubt := warning_of(pair.concept, found.get(str(pair), {})):
+            print(f"warning: {doubt}", file=sys.stderr)
+    return found
 
 
 def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor], dict]:
@@ -281,9 +312,9 @@ def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor]
                           "anchors": [pair.anchor for pair in job.pairs], "task": job.task, "seed": job.seed,
                           "model": model_name(args.model), "base_hash": base_hash(job.W0),
                           "text_hash": text_hash(job.model_folder)}
+    job.report["dtype"] = str(next(iter(job.W0.values())).dtype).removeprefix("torch.")
     if W and "numbers" not in job.report:
         job.say("edit", W)
-    job.report["dtype"] = str(next(iter(job.W0.values())).dtype).removeprefix("torch.")     # the model file's
     if args.export_lora:
         W0, name = original(job.model_folder, W), args.out.absolute().name
         job.report["LoRA error"] = write_lora(job.folder, name, W0, W, args.export_lora, about)
@@ -300,7 +331,7 @@ def main() -> None:
     root = Path(__file__).resolve().parent
     for path in [root / "realera.py", root / "rece.py", *sorted((root / "baselines").glob("*.py"))]:
         first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
-        print(f"python {str(path.relative_to(root)):<22}{first}")
+        print(f"python {str(path.relative_to(root)):<28}{first}")
 
 
 if __name__ == "__main__":

@@ -26,12 +26,14 @@ from typing import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from diffusion import ddim, guided
 from erasing import Job, Pair, edited, run
 from lora import add_lora, lora_layers, lora_off, save_lora
 from plumbing import UserError
-from plumbing.progress import progress
+from plumbing.training import descend
 from plumbing.weights import put_weights
+
+
+WORDS = {"tolerance": ("own", "same"), "mining": ("sampled", "expected"), "rows": ("tail", "token")}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Settings:
     """The method's numbers. lora_steps and lr are the paper's, the others were chosen on `mini`."""
     D1: float = 1.1             # largest distance of a neighbor, in ‖e‖ (section 4.1)
     D1_anchor: float = 1.1      # the same around the anchor: the tolerance at the end of section 4.1
+    tolerance: str = "own"      # own: r' is drawn by itself, up to D1_anchor; same: r' = r
+    mining: str = "sampled"     # expected: what sampling gives on average, without a random number
     D2: float = 1.8             # beyond-concepts lie between D1 and D2 (section 4.2)
     S1: float = 0.7             # a neighbor's cosine lies between S2 and S1; a beyond-concept's below S2
     S2: float = 0.3
@@ -64,7 +68,8 @@ class Settings:
                             (self.lora_steps >= 0 and self.lr > 0, "lora_steps at least 0 and lr above 0"),
                             (self.rank > 0 and self.batch > 0 and self.trajectories > 1,
                              "rank and batch at least 1, trajectories at least 2"),
-                            (self.rows in ("tail", "token"), f"rows = tail or token, not {self.rows}")):
+                            *((getattr(self, name) in words, f"{name} = {' or '.join(words)}, not "
+                               f"{getattr(self, name)}") for name, words in WORDS.items())):
             if not right:
                 raise UserError(f"the settings need {rule}")
 
@@ -83,9 +88,25 @@ def radius_at(cosine: float, e: Tensor, v_hat: Tensor) -> float:
     return math.inf if angle >= widest else e.norm().item() * math.sin(angle) / math.sin(widest - angle)
 
 
-def between(low: float, high: float, what: str, generator: torch.Generator) -> float:
+def neighbor_radii(e: Tensor, v_hat: Tensor, s: Settings) -> tuple[float, float]:
+    """Eq. (6): the cosine falls with r, so instead of drawing until the filter passes, draw where it does."""
+    return room(radius_at(s.S1, e, v_hat),
+                min(s.D1 * e.norm().item(),                       # Eq. (3): d(e, e + η) = r ≤ D1
+                    radius_at(s.S2, e, v_hat)), "neighbor")       # Eq. (4): S2 ≤ cos(e, e + η) ≤ S1
+
+
+def beyond_radii(e: Tensor, v_hat: Tensor, s: Settings) -> tuple[float, float]:
+    size = e.norm().item()
+    return room(max(s.D1 * size, radius_at(s.S2, e, v_hat)), s.D2 * size, "beyond-concept")
+
+
+def room(low: float, high: float, what: str) -> tuple[float, float]:
     if low >= high:
         raise UserError(f"no {what} satisfies both distance and cosine limits: change D1, D2, S1 or S2")
+    return low, high
+
+
+def uniform(low: float, high: float, generator: torch.Generator) -> float:
     return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
@@ -94,14 +115,11 @@ def neighbor_concepts(e: Tensor, e_star: Tensor, s: Settings, generator) -> tupl
     Algorithm 1, lines 4–12. Raises UserError if D1, S1, S2 leave no room."""
     near, near_star = e.repeat(s.M, 1, 1), e_star.repeat(s.M, 1, 1)
     for i in range(s.M):
-        v_hat, size = towards_noise(e, generator), e.norm().item()
-        nearest = radius_at(s.S1, e, v_hat)
-        farthest = min(s.D1 * size,                               # Eq. (3): d(e, e + η) = r ≤ D1
-                       radius_at(s.S2, e, v_hat))                 # Eq. (4): S2 ≤ cos(e, e + η) ≤ S1
-        # Eq. (6): the cosine falls with r, so instead of drawing until the filter passes, draw where it does
-        r = between(nearest, farthest, "neighbor", generator)
+        v_hat = towards_noise(e, generator)
+        nearest, farthest = neighbor_radii(e, v_hat, s)
+        r = uniform(nearest, farthest, generator)
         eta = r * v_hat                                           # Eq. (5)
-        r_anchor = s.D1_anchor * size * torch.rand((), generator=generator, dtype=torch.float64).item()
+        r_anchor = r if s.tolerance == "same" else uniform(0, s.D1_anchor * e.norm().item(), generator)
         near[i] += eta
         near_star[i] += r_anchor * v_hat                          # the same direction: some tolerance
     return near, near_star
@@ -112,10 +130,29 @@ def beyond_concepts(e: Tensor, s: Settings, generator: torch.Generator) -> Tenso
     Algorithm 1, lines 13–22; its line 21 would stop after one draw, which we take for a slip."""
     far = e.repeat(s.N, 1, 1)
     for i in range(s.N):
-        v_hat, size = towards_noise(e, generator), e.norm().item()
-        l = between(max(s.D1 * size, radius_at(s.S2, e, v_hat)), s.D2 * size, "beyond-concept", generator)
+        v_hat = towards_noise(e, generator)
+        l = uniform(*beyond_radii(e, v_hat, s), generator)
         far[i] += l * v_hat
     return far
+
+
+def expected_concepts(e: Tensor, e_star: Tensor, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Few rows with the sums in Eq. (7) that M neighbors and N beyond-concepts have on average over noise:
+    multiples of e and of the unit matrix, see docs/mining.md. [n, D], [n, D] -> E, E*, P [n + D, D]."""
+    d, D = math.sqrt(2) * e.norm().item(), e.shape[1]             # d = ‖v − e‖, but for O(1/√nD)
+    noise = e.norm() / math.sqrt(D) * torch.eye(D, dtype=e.dtype)                    # √n σ I
+
+    def moments(low: float, high: float) -> tuple[float, float]:  # of α = r/d, r uniform in low … high
+        return (low + high) / (2 * d), (low * low + low * high + high * high) / (3 * d * d)
+
+    a, a2 = moments(*neighbor_radii(e, -e / d, s))                # E[α], E[α²]
+    b = moments(0, s.D1_anchor * e.norm().item())[0]              # E[β], β = r'/d: independent of α
+    back, more = (0, 0) if s.tolerance == "same" else (b * (1 - a) - a + a2, b * a - a2)
+    own, g = math.sqrt(1 - 2 * a + a2), moments(*beyond_radii(e, -e / d, s))
+    E = torch.cat([own * e, math.sqrt(a2) * noise])
+    E_star = E + torch.cat([((1 - a) * (e_star - e) - back * e) / own, more / math.sqrt(a2) * noise])
+    P = torch.cat([math.sqrt(1 - 2 * g[0] + g[1]) * e, math.sqrt(g[1]) * noise])
+    return math.sqrt(s.M) * E, math.sqrt(s.M) * E_star, math.sqrt(s.N) * P
 
 
 # -------------------------------------------------------------------------- closed form, Eq. 7
@@ -157,14 +194,16 @@ def noise_alignment_loss(eps: Callable, z: Tensor, t: Tensor, target: Tensor, c:
 
 def mine(pair: Pair, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1, lines 1–23, for one concept: its rows of E, E* and P, each [rows, D]."""
-    generator = torch.Generator().manual_seed(pair.seed)
     e, e_star = pair.block(), pair.block() + s.reach * (pair.block_star() - pair.block())
-    near, near_star = neighbor_concepts(e, e_star, s, generator)
-    far = beyond_concepts(e, s, generator)
+    if s.mining == "expected":
+        near, near_star, far = expected_concepts(e, e_star, s)
+    else:
+        generator = torch.Generator().manual_seed(pair.seed)
+        near, near_star = (rows.flatten(0, 1) for rows in neighbor_concepts(e, e_star, s, generator))
+        far = beyond_concepts(e, s, generator).flatten(0, 1)
     # A row times √x counts x times in Eq. 7; if they share, x is 1/M and 1/N.
     w, u = (max(s.M, 1) ** -0.5, max(s.N, 1) ** -0.5) if s.share else (1, 1)
-    E, E_star = torch.cat([e[None], w * near]), torch.cat([e_star[None], w * near_star])
-    return E.flatten(0, 1), E_star.flatten(0, 1), u * far.flatten(0, 1)
+    return torch.cat([e, w * near]), torch.cat([e_star, w * near_star]), u * far
 
 
 def erase_in_closed_form(pairs: list[Pair], stay: Tensor, s: Settings) -> tuple[Tensor, float]:
@@ -188,7 +227,7 @@ def original(unet, W0: dict[str, Tensor]):
 
 @dataclass
 class Trajectories:
-    """Latents on the way to an anchor's pictures, and the noise that the sampler found there."""
+    """Latents on the way to an anchor's pictures, and the noise that the original network predicts there."""
     z: Tensor                   # [pictures, steps, 4, h, w]
     t: Tensor                   # [steps]
     target: Tensor              # [pictures, steps, 4, h, w], ε̂(z, t, e*)
@@ -198,23 +237,6 @@ class Trajectories:
         j = torch.randint(len(self.t), (batch,), generator=generator)
         found = [(self.z[k, l], self.t[l], self.target[k, l]) for k, l in zip(i.tolist(), j.tolist())]
         return map(torch.stack, zip(*found))                      # z[i, j] would wait to send i, j to a GPU
-
-
-@torch.no_grad()
-def trajectories(model, e: Tensor, empty: Tensor, seed: int, pictures: int) -> Trajectories:
-    """Let the network draw rows e [T, D] once, with guidance against `empty`, and keep every step."""
-    zs, ts, targets = [], [], []
-    both = torch.cat([rows.expand(pictures, -1, -1) for rows in (empty, e)])
-    both = both.to(model.dtype).to(model.device)                  # in this order: MPS has no float64
-
-    def eps(z: Tensor, t: int) -> Tensor:
-        u, c = model.unet(torch.cat([z, z]).to(model.dtype), t, both).float().chunk(2)
-        zs.append(z), ts.append(t), targets.append(c)
-        return guided(u, c, model.defaults["guidance"])
-
-    noise = model.noise([seed % 2 ** 31 + i for i in range(pictures)]).to(model.device)
-    ddim(eps, noise, model.scheduler, model.defaults["steps"])
-    return Trajectories(torch.stack(zs, 1), torch.tensor(ts, device=model.device), torch.stack(targets, 1))
 
 
 def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str, Tensor],
@@ -250,19 +272,14 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
                                    for step in range(first, 4 * len(pairs) + 1, 2)]).mean().item()
                 for name, first in (("Eq. 8", 1), ("Eq. 9", 2))[:2 if s.M else 1]}
 
-    optimizer = torch.optim.Adam([p for name, p in unet.named_parameters() if ".lora_" in name], s.lr)
-    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)   # they underflow
-    before, generator, terms = measure(), torch.Generator().manual_seed(pairs[0].seed), []
-    for step in progress(range(1, s.lora_steps + 1), "noise alignment", "step"):
-        optimizer.zero_grad()
-        for term in loss(step, generator, range(s.trajectories - held_out), s.batch):
-            scaler.scale(term).backward()
-            terms.append((step, term.detach()))
-        scaler.step(optimizer), scaler.update()
+    lora = [p for name, p in unet.named_parameters() if ".lora_" in name]
+    before, generator = measure(), torch.Generator().manual_seed(pairs[0].seed)
+    learnt = range(s.trajectories - held_out)
+    descend(lora, lambda step: loss(step, generator, learnt, s.batch), s.lora_steps,
+            torch.optim.Adam(lora, s.lr), "noise alignment", dtype=model.dtype)
     after = measure()
-    if not all(map(math.isfinite, after.values())):               # asked at last: a GPU is waited for once
-        step = next((step for step, term in terms if not term.isfinite()), s.lora_steps)
-        raise UserError(f"the loss became NaN at step {step}: try a smaller lr, or --dtype float32")
+    if not all(map(math.isfinite, after.values())):
+        raise UserError("the loss became NaN after the last step: try a smaller lr, or --dtype float32")
     return {name: [before[name], after[name]] for name in after}
 
 
@@ -277,7 +294,8 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     if not s.lora_steps or job.preview:
         return W
     unet = job.model.unet
-    ways = [trajectories(job.model, p.e_star, stay[0], p.seed, s.trajectories) for p in job.pairs]
+    ways = [Trajectories(*job.model.trajectories(p.e_star, stay[0], p.seed, s.trajectories))
+            for p in job.pairs]
     job.clock("trajectories")
     add_lora(unet, s.rank, seed=job.seed)
     put_weights(unet, W)

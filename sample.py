@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from clip_text import CLIPTextModel, CLIPTokenizer
-from diffusion import SAMPLERS, Scheduler, guided
+from diffusion import SAMPLERS, Scheduler, ddim, guided
 from plumbing import UserError, svg
 from plumbing.cli import (DTYPES, EDIT, at_least_1, check_seed, command_line, free_name, model_args,
                           pick_device, program, slug)
@@ -93,6 +93,8 @@ class Model:
                             f"{self.text.encoder.config.hidden_size} wide, but its U-Net reads "
                             f"{widths.cross_attention_dim}")
         self.scheduler = Scheduler.from_pretrained(folder / "scheduler")
+        if self.scheduler.config.prediction_type == "v_prediction":        # SD 2.1's: from now on it gives ε
+            self.unet.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
         self.defaults = defaults(folder) | ({} if size is None else {"size": size})
         size = self.defaults["size"]
         self.size = (size, size) if isinstance(size, int) else size
@@ -165,7 +167,7 @@ class Model:
                 def eps(z: Tensor, t: int) -> Tensor:
                     bar.update(len(z))
                     time = torch.full((), t, device=self.device)  # --compile would compile anew for each int
-                    many = torch.cat([z] * (1 + len(always))).to(self.dtype)
+                    many = torch.cat([z] * (1 + len(always)))
                     noise = self.unet(many, time, context).float().chunk(1 + len(always))
                     return guide(noise[0], noise[1], t, *noise[2:])
 
@@ -177,6 +179,23 @@ class Model:
                     check_finite(x, "the VAE", self.dtype)
                 pictures.append((x / 2 + 0.5).clamp(0, 1))
         return torch.cat(pictures)
+
+    @torch.no_grad()
+    def trajectories(self, e: Tensor, empty: Tensor, seed: int, pictures: int) -> tuple[Tensor, ...]:
+        """Draw rows e [T, D] with guidance against `empty` [T, D], and keep every step: latents z [pictures,
+        steps, 4, h, w], times t [steps], and the noise predicted there, ε(z, t, e), like z."""
+        zs, ts, noises = [], [], []
+        both = torch.cat([rows.expand(pictures, -1, -1) for rows in (empty, e)])
+        both = both.to(self.dtype).to(self.device)                # in this order: MPS has no float64
+
+        def eps(z: Tensor, t: int) -> Tensor:
+            u, c = self.unet(torch.cat([z, z]), t, both).float().chunk(2)
+            zs.append(z), ts.append(t), noises.append(c)
+            return guided(u, c, self.defaults["guidance"])
+
+        noise = self.noise([seed % 2 ** 31 + i for i in range(pictures)]).to(self.device)
+        ddim(eps, noise, self.scheduler, self.defaults["steps"])
+        return torch.stack(zs, 1), torch.tensor(ts, device=self.device), torch.stack(noises, 1)
 
     def blended(self, texts: Tensor, seeds: list[int], strength: Callable, **how) -> Tensor:
         """`draw` with W₀ + m (W − W₀), where m is each prompt's strength: those of one m together."""

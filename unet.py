@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion import noise_of
 from plumbing import UserError
 from plumbing.weights import load_network, read_config
 
@@ -221,12 +222,15 @@ class MidBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """x [B, 4, h, w], t int or [B], context [B, T, D] -> predicted noise [B, 4, h, w]."""
+    """x [B, 4, h, w], t int or [B], context [B, T, D] -> predicted noise [B, 4, h, w].
+
+    alphas_cumprod: None; or, of weights that predict the velocity v, ᾱ [1000]: ε then follows in float32.
+    """
 
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = config
-        self.low_memory = False                                   # for training; see `forward`
+        self.low_memory, self.alphas_cumprod = False, None        # for training, see `forward`; see above
         widths, layers, heads = config.block_out_channels, config.layers_per_block, config.attention_head_dim
         heads = heads if isinstance(heads, tuple) else (heads,) * len(widths)       # one number: all levels
         if not len(widths) == len(config.down_block_types) == len(config.up_block_types) == len(heads):
@@ -276,8 +280,9 @@ class UNet(nn.Module):
             return checkpoint(block.layer, *inputs, use_reentrant=False) if low else block.layer(*inputs)
         low = self.low_memory and torch.is_grad_enabled()
         t = t if isinstance(t, Tensor) else torch.full((), t, device=x.device)       # filled there, not sent
-        t = sinusoids(t.expand(x.shape[0]), self.config.block_out_channels[0])       # [B, c]
-        time = F.silu(self.time_embedding(t.to(x.dtype)))         # [B, 4c]: the ResNets share its SiLU
+        waves = sinusoids(t.expand(x.shape[0]), self.config.block_out_channels[0])   # [B, c]
+        z, x = x, x.to(self.conv_in.weight.dtype)
+        time = F.silu(self.time_embedding(waves.to(x.dtype)))     # [B, 4c]: the ResNets share its SiLU
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
@@ -293,7 +298,10 @@ class UNet(nn.Module):
                 x = layer(block, i, torch.cat([x, skips.pop()], dim=1), time, context)
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, skips[-1].shape[-2:])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        if self.alphas_cumprod is None:
+            return x
+        return noise_of(z.float(), x.float(), self.alphas_cumprod[t].view(-1, 1, 1, 1))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "UNet":

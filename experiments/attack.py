@@ -35,7 +35,7 @@ from plumbing.prompts import TASKS, choices, row_prompts
 from plumbing.results import RANK, barrier, evaluate
 from plumbing.stats import as_markdown, wilson, write_tables
 from plumbing.weights import check_tensors, put_weights
-from realera import Trajectories, trajectories
+from realera import Trajectories
 from rece import derive
 from sample import Model
 
@@ -68,7 +68,7 @@ class Target:
         e, empty = self.model.text([self.prompt, ""]).cpu().double()
         put_weights(self.model.unet, self.W0)
         try:
-            return trajectories(self.model, e, empty, self.seed, TRAJECTORIES)
+            return Trajectories(*self.model.trajectories(e, empty, self.seed, TRAJECTORIES))
         finally:
             put_weights(self.model.unet, self.W)
 

@@ -17,14 +17,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import edited, make_pairs
 from eval_clip import CLIP, shown
-from experiments.tables import share_of_shift
 from plumbing import svg
 from plumbing.cli import command_line, program
 from plumbing.disk import refuse_existing
-from plumbing.drift import drifts
+from plumbing.drift import drifts, mean_share
 from plumbing.edits import cross_attention
 from plumbing.models import MINI
-from plumbing.prompts import PRESERVED, UNRELATED, book, preserved_prompts
+from plumbing.prompts import book, nouns, preserved_prompts
 from plumbing.stats import as_markdown, write_tables
 from realera import Settings, erase_in_closed_form
 from sample import Model
@@ -36,7 +35,7 @@ def order() -> tuple[list[str], list[str]]:
     """What is erased, in this order, 100 names; and the classes that are kept."""
     classes = book()["classes"]
     kept = list(classes)[1::2]
-    taken = {*classes, *book()["scenes"], *PRESERVED, *UNRELATED}
+    taken = {*classes, *book()["scenes"], *nouns("preserved"), *nouns("watched")}
     taken |= {synonym for name in kept for synonym in classes[name]["synonyms"]}
     words = [word for entry in classes.values() for text in [*entry["synonyms"], *entry["associated"]]
              for word in text.split() if len(word) > 3 and word.isalpha() and word not in taken]
@@ -53,10 +52,10 @@ def by_text(delta: torch.Tensor, pairs: list, text) -> dict[str, float]:
     """Median drift, and the mean share of the concepts and of the erased classes' synonyms."""
     classes, found = book()["classes"], {"concepts": [], "synonyms": []}
     for pair in pairs:
-        found["concepts"].append(share_of_shift(delta, pair, [f"a photo of the {pair.concept}"], text))
+        found["concepts"].append(mean_share(delta, pair, [f"a photo of the {pair.concept}"], text))
         if pair.concept in classes:
             synonyms = [f"a photo of the {name}" for name in classes[pair.concept]["synonyms"]]
-            found["synonyms"].append(share_of_shift(delta, pair, synonyms, text))
+            found["synonyms"].append(mean_share(delta, pair, synonyms, text))
     return {"drift": round(list(drifts(delta, pairs, text).values())[1], 3)} | {
         f"share of {group}": round(sum(some) / len(some), 3) for group, some in found.items()}
 

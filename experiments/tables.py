@@ -20,7 +20,7 @@ from eval_clip import judge, outcomes, summary
 from plumbing import svg
 from plumbing.cli import DTYPES, command_line, measuring_args, parse_settings, pick_device, program
 from plumbing.disk import read_json
-from plumbing.drift import drifts
+from plumbing.drift import drifts, mean_share
 from plumbing.edits import base_hash, cross_attention, read_edit
 from plumbing.making import Recipe, make_edits, recipe
 from plumbing.models import model_folder
@@ -117,18 +117,6 @@ def figure(args) -> list[dict]:
     return rows
 
 
-def share_of_shift(delta: torch.Tensor, pair, prompts: list[str], text) -> float:
-    """How much of the way from the concept to its anchor other prompts are moved along, as a mean: of a
-    prompt's rows e' from its last token on, ⟨Δe', e* − e⟩/‖e* − e‖². 1 is all of it, 0 is none."""
-    shares = []
-    for prompt, rows in zip(prompts, text(prompts).cpu().double()):
-        rows = rows[text.tokenizer.count(prompt):]
-        n = min(len(rows), pair.n)
-        shift = pair.block_star()[:n] - pair.block()[:n]
-        shares.append(((rows[:n] @ delta.T * shift).sum() / shift.square().sum()).item())
-    return sum(shares) / len(shares)
-
-
 def sweep(args) -> list[dict]:
     """Per line of SWEEP: how far concept, synonyms, phrases and other classes go along, and the drift of
     unrelated prompts, means over the ten classes. The closed form only: no U-Net is loaded."""
@@ -143,7 +131,7 @@ def sweep(args) -> list[dict]:
             groups = {"concept": [concept], "synonyms": entry["synonyms"], "phrases": entry["associated"],
                       "other classes": [name for name in classes if name != concept]}
             prompts = [[f"a picture of the {name}" for name in names] for names in groups.values()]
-            found.append([*(share_of_shift(delta, pairs[0], some, text) for some in prompts),
+            found.append([*(mean_share(delta, pairs[0], some, text) for some in prompts),
                           list(drifts(delta, pairs, text).values())[1]])
         means = torch.tensor(found).mean(0).tolist()
         rows.append({"settings": line or "defaults"}

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from plumbing import UserError
 from plumbing.edits import gram
-from plumbing.prompts import UNRELATED, book, same_word
+from plumbing.prompts import TASKS, book, names_around, nouns, same_word
 
 
 def text_change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> Tensor:
@@ -18,6 +18,53 @@ def text_change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> Tensor:
     return delta - torch.eye(len(delta), dtype=delta.dtype)
 
 
+def edited_rows(prompts: list[str], text) -> list[Tensor]:
+    """Each prompt's rows from its last token on, [·, D], float64: those that an erasure would edit."""
+    rows = [e for i in range(0, len(prompts), 64) for e in text(prompts[i:i + 64]).cpu().double()]
+    return [e[text.tokenizer.count(prompt):] for prompt, e in zip(prompts, rows)]
+
+
+def share(delta: Tensor, pair, rows: Tensor) -> float:
+    """How much of the way from the concept to its anchor a prompt's edited rows e' are moved along:
+    ⟨Δe', e* − e⟩/‖e* − e‖². 0: it stays; 1: as far as the anchor is."""
+    n = min(len(rows), pair.n)
+    way = pair.block_star()[:n] - pair.block()[:n]
+    return ((rows[:n] @ delta.T * way).sum() / way.square().sum()).item()
+
+
+def mean_share(delta: Tensor, pair, prompts: list[str], text) -> float:
+    return statistics.mean(share(delta, pair, rows) for rows in edited_rows(prompts, text))
+
+
+def surroundings(delta: Tensor, pairs, task: str, text, most: int = 10) -> dict[str, dict[str, float]]:
+    """Per pair the names nearest to the concept, by the cosine of their edited rows: {name: share}."""
+    names, found = names_around(task), {}
+    if not names:
+        return {}
+    rows = dict(zip(names, edited_rows([TASKS[task][0].format(name) for name in names], text)))
+    for pair in pairs:
+        near = {}
+        for name in names:
+            n = min(len(rows[name]), pair.n)
+            near[name] = torch.cosine_similarity(rows[name][:n].flatten(), pair.block()[:n].flatten(), dim=0)
+        near = [name for name in sorted(near, key=near.get, reverse=True)
+                if name not in (pair.concept, pair.anchor)][:most]
+        found[str(pair)] = {name: round(share(delta, pair, rows[name]), 3) for name in near}
+    return found
+
+
+def warning_of(concept: str, gone: dict[str, float]) -> str:
+    """"" or what is wrong with these shares: a name that must stay goes further than a synonym."""
+    entry = book()["classes"].get(concept, {})
+    stays = {name: gone[name] for name in gone if name in entry.get("stay", ())}
+    goes = {name: gone[name] for name in gone if name in entry.get("synonyms", ())}
+    if not stays or not goes or max(stays.values()) <= min(goes.values()):
+        return ""
+    stay, synonym = max(stays, key=stays.get), min(goes, key=goes.get)
+    return (f"“{stay}”, which should stay, goes {stays[stay]:.2f} of the way, further than the synonym "
+            f"“{synonym}” ({goes[synonym]:.2f})")
+
+
 def movement(delta: Tensor, prompts: list[str], text) -> list[float]:
     """‖Δe‖/‖e‖ over all T rows of each prompt: how far W = W₀ (I + Δ) moves what the U-Net sees of it."""
     return [((e @ delta.T).norm() / e.norm()).item() for i in range(0, len(prompts), 64)
@@ -25,13 +72,13 @@ def movement(delta: Tensor, prompts: list[str], text) -> list[float]:
 
 
 def drifts(delta: Tensor, pairs, text) -> dict[str, float]:
-    """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and its median over the nouns of UNRELATED
-    (30 at most, none of them in P) that name neither concept nor anchor."""
+    """How far (I + Δ) e moves what it should not: ‖Δe‖/‖e‖ of "", and its median over the watched nouns (none
+    of them in P) that name neither concept nor anchor."""
     classes = book()["classes"]
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
     named |= {word for name in named & classes.keys() for word in classes[name]["synonyms"]}
-    nouns = [noun for noun in UNRELATED if not any(same_word(noun, word) for word in named)]
-    moved = movement(delta, ["", *(f"a photo of the {noun}" for noun in nouns)], text)
+    watched = [noun for noun in nouns("watched") if not any(same_word(noun, word) for word in named)]
+    moved = movement(delta, ["", *(f"a photo of the {noun}" for noun in watched)], text)
     return {'drift of ""': moved[0], "median drift of unrelated prompts": statistics.median(moved[1:])}
 
 

@@ -1,6 +1,7 @@
 """The prompts that everything is made and measured with: templates, anchors, what must stay, groups;
 and what may not be meant in what is asked for."""
 import difflib
+import re
 import shlex
 from os.path import commonprefix
 from pathlib import Path
@@ -140,12 +141,48 @@ def doubts(pairs, model: Path, count) -> list[str]:
     return said
 
 
+def nouns(kind: str) -> list[str]:
+    """"preserved", what must stay, or "watched", whose drift is told: the book's own list, or ours."""
+    return book().get(kind, {"preserved": PRESERVED, "watched": UNRELATED}[kind])
+
+
 def preserved_prompts(task: str, pairs) -> list[str]:
-    """"" (guidance's other half) first, the task's bare template, and 30 nouns but those of the pairs."""
+    """"" (guidance's other half) first, the task's bare template, the preserved nouns less the pairs'."""
+    kept = (f"a photo of the {noun}" for noun in retained_words("nouns", pairs))
+    return list(dict.fromkeys(["", TASKS[task][0].format("").strip(), *kept]))
+
+
+def retained_words(words: str, pairs) -> list[str]:
+    """"bird, Cat" -> ["bird", "cat"], without those in which a concept is named; "nouns" -> the preserved
+    ones but those of the pairs. Raises UserError if nothing is left of what is given."""
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
-    nouns = [noun for noun in PRESERVED if not any(same_word(noun, word) for word in named)]
-    prompts = ["", TASKS[task][0].format("").strip(), *(f"a photo of the {noun}" for noun in nouns)]
-    return list(dict.fromkeys(prompts))
+    given = [" ".join(word.lower().split()) for word in words.split(",")] if words != "nouns" else [
+        noun for noun in nouns("preserved") if not any(same_word(noun, word) for word in named)]
+    kept = [word for word in dict.fromkeys(given) if word and not any(
+        re.search(rf"\b{re.escape(pair.concept)}\b", word) for pair in pairs)]
+    if words and not kept:
+        raise UserError(f"--retain {words!r} names nothing but what is erased")
+    return kept
+
+
+def names_around(task: str) -> list[str]:
+    """Names by which an edit is watched on the text alone: classes, their synonyms and near things, nouns; or
+    the task's own."""
+    if task != "object":
+        return list(ASSOCIATED.get(task, ()))
+    classes = book()["classes"]
+    near = [name for entry in classes.values() for group in ("synonyms", "disputed", "stay")
+            for name in entry.get(group, ())]
+    return list(dict.fromkeys([*classes, *near, *nouns("preserved"), *nouns("watched")]))
+
+
+def measured_words() -> set[str]:
+    """Every word that something is measured with: classes, synonyms, phrases, near things, drift."""
+    texts = [*nouns("watched"), *book()["classes"]]
+    for entry in book()["classes"].values():
+        lists = [entry.get(name, []) for name in ("synonyms", "associated", "vanish", "disputed", "stay")]
+        texts += [*sum(lists, []), entry.get("far", "")]
+    return {word for text in texts for word in text.split()}
 
 
 def prompts_to_watch(concept: str, task: str = "object", anchor: str = "",

@@ -1,6 +1,6 @@
 """Training of a method's weights: float32 copies learn, the network itself stays the untouched teacher."""
 import math
-from typing import Callable
+from typing import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -34,28 +34,32 @@ def drawn_latents(model, prompts: str | list[str], seeds: list[int]) -> Tensor:
 
 
 def noisy(model, z0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """z₀ [B, 4, h, w] -> z_t, t [B] and the noise in it: t uniform over all times of training, drawn on the
+    """z₀ [B, 4, h, w] -> z_t, t [B] and the noise in it. t is uniform over all times of training; drawn on the
     CPU."""
     t = torch.randint(model.scheduler.config.num_train_timesteps, (len(z0),), generator=generator)
     noise = torch.randn(z0.shape, generator=generator).to(z0.device)
     return model.scheduler.add_noise(z0, noise, t.to(z0.device)), t.to(z0.device), noise
 
 
-def descend(params, loss: Callable[[int], Tensor], steps: int, optimizer: torch.optim.Optimizer, what: str,
-            clip: float = math.inf, dtype=torch.float32) -> list[float]:
-    """`steps` steps of an optimizer over `params` on loss(step), step = 1, 2, …; gradients no longer than
-    `clip`. dtype: the network's. Returns all losses. Raises UserError if one is not finite."""
+def descend(params, loss: Callable[[int], Tensor | Iterable[Tensor]], steps: int,
+            optimizer: torch.optim.Optimizer, what: str, clip: float = math.inf,
+            dtype=torch.float32) -> list[float]:
+    """`steps` steps of an optimizer over `params` on loss(step), step = 1, 2, … A loss may come in several
+    terms: each is differentiated, and its graph freed, before the next is computed. clip: the gradients'
+    greatest length. dtype: the network's. Returns all losses. Raises UserError if one is not finite."""
     params, losses = list(params), []
     scaler = torch.amp.GradScaler(params[0].device.type, enabled=dtype == torch.float16)     # they underflow
     for step in progress(range(1, steps + 1), what, "step"):
         optimizer.zero_grad()
-        term = loss(step)
-        scaler.scale(term).backward()
-        scaler.unscale_(optimizer)
+        terms, total = loss(step), 0.0
+        for term in [terms] if isinstance(terms, Tensor) else terms:
+            scaler.scale(term).backward()
+            total = total + term.detach()
         if clip < math.inf:
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(params, clip)
         scaler.step(optimizer), scaler.update()
-        losses.append(term.detach())
+        losses.append(total)
     losses = torch.stack(losses).tolist() if losses else []       # asked at last: a GPU is waited for once
     for step, value in enumerate(losses, 1):
         if not math.isfinite(value):

@@ -215,6 +215,15 @@ def sd2(once):
 
 
 @pytest.fixture(scope="session")
+def sd21(once, sd2):
+    """The same model as if it had learned to predict v: Stable Diffusion 2.1, of 768 pixels."""
+    def make(folder):
+        shutil.copytree(sd2, folder / "model")
+        helpers.edit_json(folder / "model/scheduler/scheduler_config.json", prediction_type="v_prediction")
+    return once("sd21", make) / "model"
+
+
+@pytest.fixture(scope="session")
 def sd1(once):
     """A folder, and the same model as a single file with everything else beside it."""
     def make(root):

@@ -23,7 +23,8 @@ def predict(z, t):
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 20, 50])
 @pytest.mark.parametrize("config", [SD, dict(SD, beta_schedule="linear", set_alpha_to_one=True,
-                                             steps_offset=0, beta_end=0.02)])
+                                             steps_offset=0, beta_end=0.02),
+                                    dict(SD, prediction_type="v_prediction")])
 def test_every_step_equals_diffusers(name, steps, config):
     theirs = THEIRS[name](**config)
     theirs.set_timesteps(steps)
@@ -31,7 +32,10 @@ def test_every_step_equals_diffusers(name, steps, config):
     z, expected = start, []
     for t in theirs.timesteps:
         expected.append((int(t), z))
-        z = theirs.step(predict(z, int(t)), t, z).prev_sample
+        noise, a = predict(z, int(t)), ALPHAS[int(t)]
+        z0 = (z - (1 - a).sqrt() * noise) / a.sqrt()
+        velocity = config.get("prediction_type") == "v_prediction"           # which is √ᾱ ε − √(1 − ᾱ) z_0
+        z = theirs.step(a.sqrt() * noise - (1 - a).sqrt() * z0 if velocity else noise, t, z).prev_sample
     seen = []
 
     def eps(z, t):
@@ -75,7 +79,7 @@ def test_folder_decides_and_unknown_schedules_are_refused(tmp_path):
         return Scheduler.from_pretrained(tmp_path)
 
     assert read(beta_end=0.02).config.beta_end == 0.02
-    for key, value in dict(prediction_type="v_prediction", timestep_spacing="trailing",
+    for key, value in dict(prediction_type="sample", timestep_spacing="trailing",
                            beta_schedule="squaredcos_cap_v2", skip_prk_steps=False, clip_sample=True).items():
         with pytest.raises(UserError, match=key):
             read(**{key: value})

@@ -16,7 +16,7 @@ import transformers
 
 import realera
 from clip_text import CLIPTokenizer
-from diffusion import SAMPLERS, Scheduler
+from diffusion import SAMPLERS, Scheduler, velocity_of
 from erasing import Job, edited
 from helpers import CORPUS, MINI
 from lora import add_lora, lora_layers, lora_off, save_lora
@@ -182,7 +182,10 @@ def test_sampler(folder, need, device, compare, name):
         scheduler, z = CALLS[name].from_config(config), start
         scheduler.set_timesteps(50)
         for t in scheduler.timesteps:
-            z = scheduler.step(predict(z, t), t, z).prev_sample
+            said = predict(z, t)
+            if scheduler.config.prediction_type == "v_prediction":
+                said = velocity_of(z, said, ours.alpha(int(t)))
+            z = scheduler.step(said, t, z).prev_sample
         return z
 
     compare(f"{name.upper()}, 50 steps", lambda: SAMPLERS[name](predict, start, ours, 50), reference)

@@ -29,7 +29,7 @@ assert numbers["numbers"]["‖ΔW‖/‖W‖"] > 0 and set(numbers["losses"]) ==
 assert (model.draw("a photo of the dog", steps=2) - picture).abs().max() < 1e-5      # it is untouched
 closed, numbers = erase_with(realera, model, "dog", M=20, lora_steps=0)               # its own anchor: ground
 save_file(closed, "closed.safetensors")
-other, numbers = erase_with(uce, model, "dog", "", l1=0.4)
+other, numbers = erase_with(uce, model, "dog", "", lamb=0.4)
 assert numbers["numbers"] and other.keys() == W.keys()
 
 drawing = show(model, ["a photo of the dog"], {{"RealEra": W, "UCE": other}}, range(2), steps=2)

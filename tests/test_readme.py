@@ -25,6 +25,7 @@ from sample import Text
 ROOT = Path(__file__).parent.parent
 MINI = ROOT / "mini"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COURSE = sorted((ROOT / "course").glob("*.md"))
 
 # Lines that are no command of ours.
 SHELL = ["git clone <this repository's address> realera", "cd realera", "pip install -r requirements.txt",
@@ -44,7 +45,8 @@ LEFT_OUT = {"CompVis/stable-diffusion-v1-4": "needs the weights of SD v1.4",
 FEW = ["--n", "1", "--steps", "1"]
 ERASE = ["--no-pictures", "--overwrite"]
 LORA = ["--lora-steps", "1", "--set", "trajectories=2", "batch=1"]
-QUICK = {"realera.py": ERASE, "rece.py": ERASE, "baselines/uce.py": ERASE, "my_method.py": ERASE,
+QUICK = {"realera.py": ERASE, "rece.py": ERASE, "baselines/uce.py": ERASE,
+         "baselines/speed.py": ERASE, "my_method.py": ERASE,
          "sample.py": FEW, "eval_clip.py": FEW,
          "experiments/attack.py": [*FEW, "--choose", "1", "--budget", "1"], "experiments/lora_rank.py": FEW,
          "experiments/preview_worth.py": [*FEW, "--classes", "1"]}
@@ -97,7 +99,7 @@ def test_every_command_runs(tmp_path, monkeypatch):
             start(script, "--help")
         return out.getvalue()
 
-    lines, ran = list(dict.fromkeys(line for page in PAGES for line in commands(page))), 0
+    lines, ran = list(dict.fromkeys(line for page in PAGES + COURSE for line in commands(page))), 0
     assert set(SHELL) <= set(lines)
     for line in lines:
         if line in SHELL:
@@ -156,7 +158,7 @@ def anchors(path: Path) -> list[str]:
             for heading in re.findall(r"^#+ (.*)$", text, re.M)]
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", MINI / "README.md"],
+@pytest.mark.parametrize("page", [*PAGES, *COURSE, ROOT / "CHANGELOG.md", MINI / "README.md"],
                          ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_link_leads_somewhere(page):
     text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text("utf-8"), flags=re.S)
@@ -187,7 +189,7 @@ def defined(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + COURSE, ids=lambda page: page.name)
 def test_files_functions_and_tests_that_are_named_exist(page):
     text, own = page.read_text("utf-8"), {"my_method.py"}
     for path, names in re.findall(r"\[[\w/]+\.py\]\((\S+?)\): ((?:`[\w.]+`(?:, )?)+)", text):
@@ -201,7 +203,7 @@ def test_files_functions_and_tests_that_are_named_exist(page):
 def test_every_program_is_in_the_list_of_programs():
     text = (ROOT / "docs/commands.md").read_text("utf-8")
     programs = [path.relative_to(ROOT).as_posix() for pattern in ("*.py", *(f"{d}/*.py" for d in (
-        "baselines", "tools", "experiments", "mini"))) for path in ROOT.glob(pattern)
+        "baselines", "tools", "experiments", "mini", "course"))) for path in ROOT.glob(pattern)
                 if "__main__" in path.read_text("utf-8")]
     assert len(programs) >= 15
     assert [program for program in programs if f"| [{program}](../{program}) |" not in text] == []

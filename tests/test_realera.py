@@ -1,4 +1,5 @@
 """The method: each equation computed a second, naive way, and what must hold by construction; the command."""
+import dataclasses
 import json
 import math
 import random
@@ -126,10 +127,81 @@ def test_counts_of_zero_give_nothing():
     assert beyond_concepts(block(), s, rng()).shape == (0, 6, 16)
 
 
+def sums(E, E_star, P):
+    """What Eq. (7) takes of rows: the Gram of E, the products with the targets, the Gram of P."""
+    return E.T @ E, E.T @ (E_star - E), P.T @ P
+
+
+@pytest.mark.parametrize("tolerance, most", [("own", 1_000), ("same", 1_000), pytest.param(
+    "own", 10_000, marks=pytest.mark.slow)])
+def test_sampled_sums_approach_the_expected_ones_as_one_over_the_root_of_M(tolerance, most):
+    e, e_star, generator = block(n=40, width=128), block(1, n=40, width=128), rng(7)           # nD = 5,120
+    s = Settings(tolerance=tolerance, M=1, N=1, D1_anchor=0.7)
+    wanted, so_far, errors = sums(*realera.expected_concepts(e, e_star, s)), [0, 0, 0], []
+    for M in range(100, most + 1, 100):
+        some = dataclasses.replace(s, M=100, N=100 if M <= 1_000 else 0)
+        rows = *neighbor_concepts(e, e_star, some, generator), beyond_concepts(e, some, generator)
+        so_far = [a + b for a, b in zip(so_far, sums(*(x.flatten(0, 1) for x in rows)))]
+        counts = M, M, min(M, 1_000)
+        errors.append([(x / n - y).norm().item() / y.norm().item()
+                       for x, y, n in zip(so_far, wanted, counts)])
+    first, last, slope = errors[0], errors[-1], math.log10(most / 100)
+    for a, b, decades in zip(first, last, (slope, slope, 1)):
+        assert -0.65 < math.log10(b / a) / decades < -0.35 and b < 0.11
+
+
+def test_expected_sums_are_the_formulas_term_by_term():
+    """docs/mining.md's two formulas, their moments as integrals over the radii."""
+    e, e_star = block(), block(1)
+    for tolerance in ("own", "same"):
+        s = Settings(tolerance=tolerance, mining="expected", M=3, N=2)
+        d, (n, D) = 2 ** 0.5 * e.norm().item(), e.shape
+
+        def mean(f, low, high):            # over a radius uniform in low … high
+            xs = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000 * (high - low) + low
+            return f(xs / d).mean()
+
+        v_hat = -e / d
+        r, far = realera.neighbor_radii(e, v_hat, s), realera.beyond_radii(e, v_hat, s)
+        a, a2, g, g2 = (mean(f, *limits) for limits in (r, far) for f in (lambda x: x, lambda x: x * x))
+        b = mean(lambda x: x, 0, s.D1_anchor * e.norm().item())
+        ba = a2 if tolerance == "same" else a * b                 # E[βα]
+        b = a if tolerance == "same" else b
+        I, G = torch.eye(D, dtype=e.dtype) * e.norm() ** 2 / D, e.T @ e              # n σ² = ‖e‖²/D
+        B = 3 * ((1 - 2 * a + a2) * G + a2 * I)
+        C = 3 * ((1 - a) * e.T @ (e_star - e) - (b - a - ba + a2) * G + (ba - a2) * I)
+        P = 2 * ((1 - 2 * g + g2) * G + g2 * I)
+        for ours, formula in zip(sums(*realera.expected_concepts(e, e_star, s)), (B, C, P)):
+            assert torch.allclose(ours, formula, rtol=1e-6, atol=1e-6)
+
+
+def test_expected_mining_draws_no_number_and_is_what_many_neighbors_lead_to():
+    def edit(seed, **settings):
+        s = Settings(share=True, lambda1=0.1, **settings)
+        return erase_in_closed_form([dataclasses.replace(concept, seed=seed)], stay, s)[0]
+
+    concept, stay = pair(T=24, n=20, D=64), block(5, n=8, width=64)[None]
+    one, other = (edit(seed, mining="expected") for seed in (1, 2))
+    few, many = (edit(1, M=M, N=M) for M in (20, 1_000))
+    assert torch.equal(one, other)
+    assert (many - one).norm() < 0.06 * one.norm() < (few - one).norm()
+    for counts in (dict(M=0), dict(N=0), dict(M=0, N=0)):
+        assert torch.isfinite(edit(1, mining="expected", **counts)).all()
+    none, plain = (edit(1, mining=mining, M=0, N=0) for mining in ("expected", "sampled"))
+    assert torch.allclose(none, plain, atol=1e-12)
+
+
+def test_the_tolerance_may_be_the_radius_itself():
+    e, e_star = block(), block(1)
+    near, near_star = neighbor_concepts(e, e_star, Settings(M=5, tolerance="same"), rng())
+    assert torch.allclose(near - e, near_star - e_star)
+
+
 @pytest.mark.parametrize("bad", [dict(S1=0.5, S2=0.5), dict(S2=0.9, S1=0.8), dict(D1=2.0, D2=1.0), dict(M=-1),
                                  dict(N=-1), dict(lambda2=-1.0), dict(rank=0), dict(lora_steps=-1),
                                  dict(rows="all"), dict(S1=1.5), dict(lr=0.0), dict(D1=0.0),
-                                 dict(trajectories=1), dict(D1=math.nan)])
+                                 dict(trajectories=1), dict(D1=math.nan), dict(mining="mean"),
+                                 dict(tolerance="0.5")])
 def test_settings_that_make_no_sense_are_refused(bad):
     with pytest.raises(UserError):
         Settings(**bad)
@@ -464,7 +536,7 @@ def test_gradients_of_half_precision_do_not_underflow():
         pairs = make_pairs(["airplane"], ["sky"], "object", model.text, s.rows, 0)
         W0 = cross_attention(MINI)
         delta, _ = realera.erase_in_closed_form(pairs, model.text([""]), s)
-        ways = [realera.trajectories(model, pairs[0].e_star, model.text([""])[0], pairs[0].seed, 2)]
+        ways = [Trajectories(*model.trajectories(pairs[0].e_star, model.text([""])[0], pairs[0].seed, 2))]
         realera.add_lora(model.unet, s.rank)
         realera.put_weights(model.unet, realera.edited(W0, delta))
         realera.align_noise(model, pairs, ways, W0, s)
@@ -515,10 +587,10 @@ def test_no_step_of_drawing_or_training_waits_for_the_gpu(model):
     way = pairs[0].e_star, torch.zeros(32, 256), 0, s.trajectories
     there.defaults["steps"] = 3
     assert waits(there.draw, PROMPT, [1]) == 3                    # ids, noise; the picture
-    assert waits(realera.trajectories, there, *way) == 2          # rows, noise
-    ways = [realera.trajectories(there, *way)]
+    assert waits(there.trajectories, *way) == 2                   # rows, noise
+    ways = [Trajectories(*there.trajectories(*way))]
     add_lora(there.unet, 2)
-    assert waits(realera.align_noise, there, pairs, ways, W0, s) == len(W0) + 4      # both losses, twice
+    assert waits(realera.align_noise, there, pairs, ways, W0, s) == len(W0) + 5  # losses, twice; each step
 
 
 class Held(TorchDispatchMode):
@@ -651,17 +723,17 @@ def test_low_memory_erases_to_the_same_bytes(tmp_path, monkeypatch):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_erasing_from_sd_2_1_base(sd2, here, tmp_path, capsys):
-    """Closed form and LoRA; what they write means the same in diffusers."""
-    here("realera.py", *AIRPLANE, "--model", sd2, *QUICK, "--out", "edit", cwd=tmp_path)
+def test_erasing_from_sd_2_1(sd21, here, tmp_path, capsys):
+    """Closed form and LoRA, of a network that predicts v; what they write means the same in diffusers."""
+    here("realera.py", *AIRPLANE, "--model", sd21, *QUICK, "--out", "edit", cwd=tmp_path)
     printed = capsys.readouterr().out
     assert "Eq. 8" in printed and "Eq. 9" in printed
-    edit, W0 = load_file(tmp_path / "edit/erased.safetensors"), cross_attention(sd2)
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(sd2)
+    edit, W0 = load_file(tmp_path / "edit/erased.safetensors"), cross_attention(sd21)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(sd21)
     assert edit.keys() == W0.keys() and not any(torch.equal(edit[name], W0[name]) for name in W0)
     assert pipe.unet.load_state_dict(edit, strict=False).unexpected_keys == []
-    ours = Model(sd2)
-    ours.put(read_edit(tmp_path / "edit", sd2))
+    ours = Model(sd21)
+    ours.put(read_edit(tmp_path / "edit", sd21))
     same_pictures(ours, pipe)
 
 

@@ -2,9 +2,11 @@
 import copy
 import math
 
+import diffusers
 import pytest
 import torch
 
+from diffusion import Scheduler
 from helpers import random
 from plumbing import UserError
 from plumbing.training import descend, learnable, predict
@@ -41,7 +43,26 @@ def test_copies_predict_as_weights_of_a_network_would_and_have_their_gradients(s
     other(z.float(), t, c.float()).square().sum().backward()
     predict(small_unet, z, t, c, W).square().sum().backward()
     assert torch.equal(W[NAME].grad, other.get_parameter(NAME).grad)
-    assert torch.equal(small_unet(z.float(), t, c.float()), plain)                   # the teacher is as it was
+    assert torch.equal(small_unet(z.float(), t, c.float()), plain)     # the teacher is as it was
+
+
+def test_of_a_network_that_predicts_velocity_training_sees_the_noise(small_unet, inputs):
+    """And so does every other caller: the scheduler of diffusers finds the same z_0 in v as we in ε."""
+    z, t, c = inputs
+    v, W = small_unet(z.float(), t, c.float()), learnable(small_unet, [NAME])
+    theirs = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                     clip_sample=False, prediction_type="v_prediction")
+    theirs.set_timesteps(1000)
+    small_unet.alphas_cumprod = Scheduler().alphas_cumprod
+    for noise in (predict(small_unet, z, t, c, W), small_unet(z.float(), t, c.float())):
+        for i, time in enumerate(t):
+            z0 = theirs.step(v[i:i + 1], time, z[i:i + 1].float()).pred_original_sample
+            again = theirs.add_noise(z0, noise[i:i + 1], time[None])
+            assert (again - z[i:i + 1].float()).abs().max() < 1e-5
+    predict(small_unet, z, t, c, W).square().sum().backward()
+    assert W[NAME].grad.abs().max() > 0
+    half = copy.deepcopy(small_unet).to(torch.bfloat16)
+    assert half(z.float(), t, c.bfloat16()).dtype == torch.float32       # z is not rounded before it is added
 
 
 def test_a_bfloat16_networks_copies_learn_what_bfloat16_would_lose(small_unet, inputs):
