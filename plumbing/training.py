@@ -34,8 +34,8 @@ def drawn_latents(model, prompts: str | list[str], seeds: list[int]) -> Tensor:
 
 
 def noisy(model, z0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """z₀ [B, 4, h, w] -> z_t, t [B] and the noise in it. t is uniform over all times of training; drawn on the
-    CPU."""
+    """z₀ [B, 4, h, w] -> z_t, t [B] and the noise in it. t is uniform over all times of training; both are
+    drawn on the CPU."""
     t = torch.randint(model.scheduler.config.num_train_timesteps, (len(z0),), generator=generator)
     noise = torch.randn(z0.shape, generator=generator).to(z0.device)
     return model.scheduler.add_noise(z0, noise, t.to(z0.device)), t.to(z0.device), noise
