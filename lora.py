@@ -94,14 +94,21 @@ def merge_lora(network: nn.Module) -> None:
 
 
 def save_lora(network: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write A and B in the spelling that diffusers' `load_lora_weights` takes, the scale folded into B.
+    """Write A and B of a network's wrapped layers, the scale folded into B."""
+    save_factors({name: (layer.scale * layer.lora_B, layer.lora_A)
+                  for name, layer in lora_layers(network).items()}, path, metadata)
+
+
+def save_factors(factors: dict[str, tuple[Tensor, Tensor]], path: str | Path,
+                 metadata: dict[str, str] | None = None) -> None:
+    """Write {layer: (B, A)} in the spelling that diffusers' `load_lora_weights` takes.
 
     The prefix `unet.` matters: without it diffusers loads nothing and only warns.
     """
     tensors = {}
-    for name, layer in lora_layers(network).items():
-        tensors[f"unet.{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"unet.{name}.lora_B.weight"] = (layer.scale * layer.lora_B).detach().cpu().contiguous()
+    for name, (B, A) in factors.items():
+        tensors[f"unet.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
+        tensors[f"unet.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
     with whole(path) as temporary:
         save_file(tensors, temporary, metadata)
 

@@ -3,6 +3,7 @@ and what may not be meant in what is asked for."""
 import difflib
 import re
 import shlex
+from os.path import commonprefix
 from pathlib import Path
 
 from plumbing import UserError
@@ -37,6 +38,28 @@ ASSOCIATED = {
         "greg rutkowski": "An artwork by the famous Polish digital artist",
         "salvador dali": "An artwork by the famous Spanish Catalan surrealist painter"},
 }
+
+
+# Ways to ask for an object that say nothing else.
+ASKING = [f"{a} {kind} {of} {{}}" for a in ("a", "the", "one") for kind in ("photo", "picture")
+          for of in ("of a", "of the", "with a", "with the")]
+ASKING += ["{}", "a photo of {}", "a picture of {}", "photo of the {}", "just the {}", "the photo of {}."]
+
+
+def templates_of(task: str) -> list[str]:
+    """Templates that mean no more than their word: 30 of objects, else the task's own and the bare word."""
+    return ASKING if task == "object" else list(dict.fromkeys([TASKS[task][0], "{}"]))
+
+
+def shared_rows(tokenizer, p: str, p_star: str) -> tuple[list[int], list[int]]:
+    """Rows of two prompts that are each other's: what both begin with, what both end with, and all after it.
+    Between lies what they differ in, a concept and its anchor; the longer side loses its end."""
+    k, k_star = tokenizer.count(p), tokenizer.count(p_star)
+    a, b = (ids[1:1 + n].tolist() for ids, n in zip(tokenizer([p, p_star]), (k, k_star)))
+    first = len(commonprefix([a, b]))                             # of any lists, not of paths alone
+    last = len(commonprefix([a[first:][::-1], b[first:][::-1]]))
+    rows, rows_star = ([*range(1 + first), *range(1 + n - last, tokenizer.length)] for n in (k, k_star))
+    return rows[:len(rows_star)], rows_star[:len(rows)]
 
 
 def use_book(path: Path | None) -> None:

@@ -45,6 +45,23 @@ def predict(unet: nn.Module, z: Tensor, t: Tensor | int, c: Tensor, W: dict[str,
     return functional_call(unet, {name: w.to(own.dtype) for name, w in W.items()}, (z, t, c)).float()
 
 
+@torch.no_grad()
+def drawn_latents(model, prompts: str | list[str], seeds: list[int]) -> Tensor:
+    """What the model itself draws, as latents to learn from, z₀ [B, 4, h, w], float32: the mean of the VAE's
+    posterior, scaled. Training from pictures of one's own would put them here."""
+    pictures = model.draw(prompts, seeds).to(model.device, model.dtype)
+    means = [model.vae.encode(2 * x - 1)[0] for x in pictures.split(model.batch)]
+    return model.vae.scaling_factor * torch.cat(means).float()
+
+
+def noisy(model, z0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """z₀ [B, 4, h, w] -> z_t, t [B] and the noise in it. t is uniform over all times of training; both are
+    drawn on the CPU."""
+    t = torch.randint(model.scheduler.config.num_train_timesteps, (len(z0),), generator=generator)
+    noise = torch.randn(z0.shape, generator=generator).to(z0.device)
+    return model.scheduler.add_noise(z0, noise, t.to(z0.device)), t.to(z0.device), noise
+
+
 def descend(params, loss: Callable[[int], Tensor | Iterable[Tensor]], steps: int,
             optimizer: torch.optim.Optimizer, what: str, clip: float = math.inf,
             dtype=torch.float32) -> list[float]:

@@ -237,6 +237,13 @@ def sd1(once):
 
 
 @pytest.fixture(scope="session")
+def tiny(once):
+    """The folder of a random model with one level, small enough to train in a test."""
+    version = helpers.V1 | {"unet": helpers.UNETS["one level"]}
+    return once("tiny", lambda folder: helpers.write_model(folder / "model", version)) / "model"
+
+
+@pytest.fixture(scope="session")
 def data(once):
     """CIFAR-10's binary format with plain pictures: sky above, sea, street, grass or ground below."""
     def make(folder):
