@@ -78,11 +78,12 @@ def guided(u: Tensor, c: Tensor, s: float) -> Tensor:
     return u + s * (c - u)
 
 
-def ddim(eps: Callable, z: Tensor, scheduler: Scheduler, steps: int) -> Tensor:
-    """DDIM with η = 0. eps(z, t) -> noise like z; z [B, 4, h, w], pure noise -> the latent of a picture."""
+def ddim(eps: Callable, z: Tensor, scheduler: Scheduler, steps: int, stop: int | None = None) -> Tensor:
+    """DDIM with η = 0. eps(z, t) -> noise like z; z [B, 4, h, w], pure noise -> the latent of a picture.
+    stop: only that many of the steps, so that what is returned lies at the time of the next one."""
     times = scheduler.timesteps(steps)
     gap = scheduler.config.num_train_timesteps // steps
-    for t in times:
+    for t in times[:stop]:
         a, a_next = scheduler.alpha(t), scheduler.alpha(t - gap)
         noise = eps(z, t)
         z0 = (z - (1 - a).sqrt() * noise) / a.sqrt()

@@ -44,7 +44,8 @@ LEFT_OUT = {"CompVis/stable-diffusion-v1-4": "needs the weights of SD v1.4",
 FEW = ["--n", "1", "--steps", "1"]
 ERASE = ["--no-pictures", "--overwrite"]
 LORA = ["--lora-steps", "1", "--set", "trajectories=2", "batch=1"]
-QUICK = {"realera.py": ERASE, "rece.py": ERASE, "baselines/uce.py": ERASE, "my_method.py": ERASE,
+QUICK = {"realera.py": ERASE, "rece.py": ERASE, "baselines/uce.py": ERASE,
+         "baselines/sld.py": ERASE, "baselines/surgery.py": ERASE, "my_method.py": ERASE,
          "sample.py": FEW, "eval_clip.py": FEW,
          "experiments/attack.py": [*FEW, "--choose", "1", "--budget", "1"], "experiments/lora_rank.py": FEW,
          "experiments/preview_worth.py": [*FEW, "--classes", "1"]}
