@@ -20,7 +20,7 @@ from plumbing.weights import check_tensors, find_weights, read_tensors, shards
 # Methods that act while a picture is drawn, and the file whose `drawing(about, text)` says how: keyword
 # arguments of Model.draw. The file stands above all that reads edits, so it is imported by its name, and only
 # when such an edit is read. The names are fixed here: what else a folder says is never imported.
-DRAWING = {"SLD": "baselines.sld", "Semantic Surgery": "baselines.surgery"}
+DRAWING = {"SLD": "baselines.sld", "Semantic Surgery": "baselines.surgery", "SPM": "baselines.spm"}
 
 
 class Edit(dict):
