@@ -40,8 +40,8 @@ from plumbing.cli import (DTYPES, Clock, NoFlags, check_export, command_line, er
                           pick_device, program, settings_of, slug)
 from plumbing.disk import whole_folder
 from plumbing.drift import drifts, preview, say_shares, text_change
-from plumbing.edits import (as_filed, base_hash, change, cross_attention, original, text_hash, write_edit,
-                            write_report)
+from plumbing.edits import (DRAWING, Edit, as_filed, base_hash, change, cross_attention, original,
+                            refuse_weights_alone, text_hash, write_edit, write_report)
 from plumbing.formats import export_pipeline, write_lora
 from plumbing.models import model_folder, model_name
 from plumbing.prompts import TASKS, anchor_of, doubts, names_to_choose, preserved_prompts, watch_all
@@ -199,8 +199,7 @@ def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
     watched, template = watch_all(job.pairs, job.task), TASKS[job.task][0]
     model, prompts, seeds = job.model, [prompt for _, prompt in watched], [job.seed + i for i in range(n)]
     with lora_off(model.unet):                                    # what it learned is part of W
-        drawn = (draw_each(model, prompts, {"before": original(job.model_folder, W)}, seeds)
-                 | draw_each(model, prompts, {"after": W}, seeds, **job.drawing))
+        drawn = draw_each(model, prompts, {"before": original(job.model_folder, W), "after": W}, seeds)
     table = [{"prompt": prompt, "wanted": wanted} for wanted, prompt in watched]
     if (model.folder / "clip").is_dir():
         clip, names = CLIP.from_pretrained(model.folder / "clip"), names_to_choose(job.pairs, job.task)
@@ -251,6 +250,8 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
                   DTYPES[args.dtype], getattr(s, "prompts", "template"))
         job.args, job.preview = args, bool(prompts)
         job.clock("text")
+        if method in DRAWING:                                     # before minutes of training
+            refuse_weights_alone(method, args)
         if prompts:
             as_filed(W := erase(job, s), folder, job.trained)     # refuses what is not finite
             return preview(text_change(job.W0, W), prompts, job.text)
@@ -289,18 +290,22 @@ def erase_with(method, model: Model, concept: str, anchor: str | None = None, ta
         W = method.erase(job, s)
     if W and "numbers" not in job.report:
         job.say("edit", W)
-    return as_filed(W, job.model_folder, job.trained), job.report
+    about = {"method": method.__name__, "settings": dataclasses.asdict(s), "of": [concept, anchor, task]}
+    return Edit(as_filed(W, job.model_folder, job.trained), job.drawing, about), job.report
 
 
 def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor], dict]:
     """Write the edit, each tensor in the dtype of the model's file, its LoRA if asked, and run.json. Returns
     the tensors as written, and what an edit says of itself."""
-    args, filed = job.args, as_filed(W, job.model_folder, job.trained)
+    args, filed = job.args, Edit(as_filed(W, job.model_folder, job.trained), job.drawing)
+    if job.drawing:
+        refuse_weights_alone(about["method"], args)
+        about["drawing"] = sorted(job.drawing)                    # so that nobody draws without it
     about |= job.about | {"concepts": [pair.concept for pair in job.pairs],
                           "anchors": [pair.anchor for pair in job.pairs], "task": job.task, "seed": job.seed,
                           "model": model_name(args.model), "base_hash": base_hash(job.W0),
-                          "text_hash": text_hash(job.model_folder)}
-    job.report["dtype"] = str(next(iter(job.W0.values())).dtype).removeprefix("torch.")
+                          "text_hash": text_hash(job.model_folder),
+                          "dtype": str(next(iter(job.W0.values())).dtype).removeprefix("torch.")}
     if W and "numbers" not in job.report:
         job.say("edit", W)
     if args.export_lora:

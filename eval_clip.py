@@ -274,7 +274,7 @@ def main() -> None:
     asked = asked_for(args, labels, erased, folder)
     out = out_folder(args, labels, asked)
     model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
-    weights = {"untouched": {}} | {label: read_edit(edit, folder) for label, edit in zip(labels, args.edit)}
+    weights = {"untouched": {}} | {k: read_edit(x, folder, model.text) for k, x in zip(labels, args.edit)}
     rows, detected, untouched = [], [], None
     for variant, W in weights.items():
         model.put(W)

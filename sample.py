@@ -30,7 +30,7 @@ from diffusion import SAMPLERS, Scheduler, ddim, guided
 from plumbing import UserError, svg
 from plumbing.cli import (DTYPES, EDIT, at_least_1, check_seed, command_line, free_name, model_args,
                           pick_device, program, slug)
-from plumbing.edits import edit_labels, read_edit
+from plumbing.edits import Edit, edit_labels, read_edit
 from plumbing.models import defaults, model_folder, model_name, tokenizer_folder, vae_folder
 from plumbing.pictures import write_sheet
 from plumbing.progress import progress
@@ -106,12 +106,14 @@ class Model:
         width, height = (side // self.vae.factor for side in self.size)
         self.latent = self.unet.config.in_channels, height, width
         self.batch = max(1, 8192 // (width * height))             # 32 of mini's pictures, 2 of SD's
-        self.worn, self.own = {}, {}                              # an edit's tensors, and ours in their place
+        self.worn, self.own = Edit({}), {}                        # an edit's tensors, and ours in their place
 
     def put(self, W: dict[str, Tensor]) -> None:
-        """Draw with an edit's tensors from now on, in place of an earlier edit's; with {}, untouched."""
+        """Draw with an edit from now on, in place of an earlier one: its tensors and, if it is an Edit, its
+        drawing functions; with {}, untouched."""
         put_weights(self.unet, self.own)
-        self.worn, self.own = W, {name: self.unet.get_parameter(name).data for name in W}
+        self.worn = W if isinstance(W, Edit) else Edit(W)
+        self.own = {name: self.unet.get_parameter(name).data for name in W}
         put_weights(self.unet, W)
 
     def noise(self, seeds: list[int]) -> Tensor:
@@ -131,9 +133,15 @@ class Model:
 
         For methods that change how a model draws: rows(c) gives other rows [B, T, D] for the prompts' rows c.
         guide(u, c, t, …) -> noise takes the place of u + s (c − u); it is called in the order of the steps, a
-        batch at a time, with one more prediction for each of `beside`'s rows [k, T, D]. strength(c) says how
-        much of the edit that was `put` a prompt with rows c [T, D] is drawn with: 0 none, 1 all of it.
+        batch at a time, with one more prediction for each of `beside`'s rows [k, T, D]. One that needs s, or
+        has a memory, is an object whose start(s) gives such a function, anew for each batch.
+        strength(c, prompt) says how much of the edit that was `put` a prompt with rows c [T, D] is drawn
+        with: 0 none, 1 all; of rows alone the prompt is None. What is None is the edit's own, if it has one.
         """
+        own = self.worn.drawing
+        rows, strength = rows or own.get("rows"), strength or own.get("strength")
+        if guide is None:
+            guide, beside = own.get("guide"), own.get("beside")
         if isinstance(prompts, str):
             seeds = [0] if seeds is None else list(seeds)
             prompts = [prompts] * len(seeds)
@@ -152,24 +160,28 @@ class Model:
             encoded = self.text(unique)
             empty, texts = encoded[:1], encoded[[unique.index(prompt) for prompt in prompts]]
         if strength:
-            return self.blended(texts, seeds, strength, steps=steps, guidance=guidance, sampler=sampler,
+            m = [float(strength(c, None if isinstance(prompts, Tensor) else prompt))
+                 for c, prompt in zip(texts, prompts)]
+            return self.blended(texts, seeds, m, steps=steps, guidance=guidance, sampler=sampler,
                                 batch=batch, rows=rows, guide=guide, beside=beside, negative=negative)
         texts = rows(texts) if rows else texts
         guide = guide or (lambda u, c, t: guided(u, c, guidance))
-        always = [empty] + ([] if beside is None else list(beside[:, None]))
+        beside = [] if beside is None else list(beside[:, None])
         pictures = []
         with progress(len(prompts) * steps, "drawing", "step") as bar:
             for i in range(0, len(prompts), batch):
                 c = texts[i:i + batch]
-                u, *more = (row.to(c).expand_as(c) for row in always)
-                context = self.unet.read(torch.cat([u, c, *more]).to(self.device, self.dtype))   # [2B, T, D]
+                u, *more = (row.to(c).expand_as(c) for row in [empty, *beside])
+                contexts = [self.unet.read(torch.cat(part).to(self.device, self.dtype))          # [2B, T, D]
+                            for part in ([u, c], more) if part]   # apart: u and c stay what they are without
+                guide_now = guide.start(guidance) if hasattr(guide, "start") else guide
 
                 def eps(z: Tensor, t: int) -> Tensor:
                     bar.update(len(z))
                     time = torch.full((), t, device=self.device)  # --compile would compile anew for each int
-                    many = torch.cat([z] * (1 + len(always)))
-                    noise = self.unet(many, time, context).float().chunk(1 + len(always))
-                    return guide(noise[0], noise[1], t, *noise[2:])
+                    noise = [part for context, k in zip(contexts, (2, len(beside))) for part in self.unet(
+                        torch.cat([z] * k), time, context).float().chunk(k)]
+                    return guide_now(noise[0], noise[1], t, *noise[2:])
 
                 start = self.noise(seeds[i:i + batch]).to(self.device)
                 z = SAMPLERS[sampler](eps, start, self.scheduler, steps)
@@ -197,13 +209,12 @@ class Model:
         ddim(eps, noise, self.scheduler, self.defaults["steps"])
         return torch.stack(zs, 1), torch.tensor(ts, device=self.device), torch.stack(noises, 1)
 
-    def blended(self, texts: Tensor, seeds: list[int], strength: Callable, **how) -> Tensor:
+    def blended(self, texts: Tensor, seeds: list[int], m: list[float], **how) -> Tensor:
         """`draw` with W₀ + m (W − W₀), where m is each prompt's strength: those of one m together."""
         W, own, drawn = self.worn, dict(self.own), [None] * len(texts)
-        m = [float(strength(c)) for c in texts]
         for x in sorted(set(m)):
             some = [i for i in range(len(m)) if m[i] == x]
-            self.put(W if x == 1 else {} if x == 0 else
+            self.put(dict(W) if x == 1 else {} if x == 0 else     # without the edit's own strength
                      {name: own[name].float() + x * (W[name].to(own[name].device).float() - own[name].float())
                       for name in W})
             for i, picture in zip(some, self.draw(texts[some], [seeds[i] for i in some], **how)):
@@ -260,6 +271,8 @@ def main() -> None:
     parser.add_argument("prompts", nargs="+", help="one row of pictures each")
     model_args(parser)
     parser.add_argument("--edit", action="append", default=[], help=f"{EDIT}; several are compared")
+    parser.add_argument("--strength", type=float, metavar="S", help="draw with this share of the change of "
+                        "weights: 0 none, 1 all (default: all, or by prompt if the edit's method says so)")
     parser.add_argument("--n", type=int, default=4, help="pictures per prompt and edit (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture in a row (default 0)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's; SD 50)")
@@ -286,20 +299,24 @@ def main() -> None:
     names = edit_labels(args.edit)
     model = Model(args.model, pick_device(args.device), DTYPES[args.dtype], None, args.clip_skip, args.vae,
                   args.size)
-    edits = {"untouched": {}} | {name: read_edit(edit, model.folder) for name, edit in zip(names, args.edit)}
+    edits = {"untouched": {}} | {name: read_edit(edit, model.folder, model.text)
+                                 for name, edit in zip(names, args.edit)}
+    strength = None if args.strength is None else lambda c, prompt: args.strength
+    if strength and not (math.isfinite(args.strength) and args.edit and all(edits[name] for name in names)):
+        raise UserError("--strength is a finite number, for an --edit that changes weights")
     if args.compile:
         model.unet.compile()
     steps = model.defaults["steps"] if args.steps is None else args.steps
     guidance = model.defaults["guidance"] if args.guidance is None else args.guidance
     start, seeds = time.perf_counter(), range(args.seed, args.seed + args.n)
     drawn = draw_each(model, args.prompts, edits, seeds, steps=steps, guidance=guidance, sampler=args.sampler,
-                      batch=args.batch, negative=args.negative)
+                      batch=args.batch, negative=args.negative, strength=strength)
     seconds = (time.perf_counter() - start) / (len(drawn) * len(args.prompts) * args.n)
     how = f"seeds {seeds[0]}–{seeds[-1]}, {steps} steps of {args.sampler}, guidance {guidance}"
     out = free_name(out)                                          # it may have appeared meanwhile
     settings = {"steps": steps, "guidance": guidance, "sampler": args.sampler, "dtype": args.dtype}
-    settings |= {name: value for name in ("negative", "size", "clip_skip", "vae")
-                 if (value := getattr(args, name))}
+    settings |= {name: value for name in ("negative", "size", "clip_skip", "vae", "strength")
+                 if (value := getattr(args, name)) or name == "strength" and value is not None}
     name = model_name(args.model)
     write_sheets(out, drawn, args.prompts, {"seed": list(seeds), "edit": args.edit, "model": name,
                                             "settings": settings}, footer=f"{name}: {how}")

@@ -37,7 +37,7 @@ from plumbing.stats import as_markdown, wilson, write_tables
 from plumbing.weights import check_tensors, put_weights
 from realera import Trajectories
 from rece import derive
-from sample import Model
+from sample import Model, Text
 
 TRAJECTORIES, BATCH = 8, 8      # pictures of the concept that the gradient attacks learn from, latents a step
 TEMPLATES = {"object": ["a photo of the {}", "a picture of the {}", "a photo of a {}", "{}"],
@@ -207,6 +207,8 @@ def tokens(target: Target) -> dict[str, Tensor]:
 
 
 ATTACKS = {"phrases": phrases, "embedding": embedding, "vector": vector, "prefix": prefix, "tokens": tokens}
+BLACK_BOX = ["phrases", "vector"]                                 # the others work on the weights themselves
+TYPED = ["plain", "phrases"]                                      # whose candidates' names are prompts
 
 
 # ------------------------------------------------------------------ how often the concept returns
@@ -229,7 +231,10 @@ def rates(clip, target: Target, names, draw: Callable, seeds: range) -> dict[str
 
 def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[dict]:
     """Every attack's row, plain prompt first: {attack, strongest, success [value, low, high] in %, …}."""
-    model, rows = target.model, []
+    model, rows, white = target.model, [], [name for name in names if name not in BLACK_BOX]
+    if model.worn.drawing and white:
+        raise UserError("this edit is of a method that acts while a picture is drawn, and what sees weights "
+                        f"alone cannot attack it ({', '.join(white)}): give --attack {' '.join(BLACK_BOX)}")
     settings = [fingerprint(model.folder), base_hash(target.W), str(model.dtype), model.defaults, target.task,
                 target.concept, target.seed, target.budget, target.length]
     place = folder / "found" / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -237,6 +242,7 @@ def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[d
     choosing = range(args.seed + args.n, args.seed + args.n + args.choose)
     for name in ["plain", *names]:
         clock, path = Clock(), place / f"{name}.safetensors"
+        typed = bool(model.worn.drawing) and name in TYPED        # such a method may look at the words
         if name == "plain":
             candidates = {target.prompt: model.text([target.prompt])[0].cpu()}
         else:
@@ -251,7 +257,7 @@ def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[d
 
         def draw(jobs, keep=None):
             return evaluate(model, clip, jobs, folder / "results", args.steps, None, args.batch, keep,
-                            f"{target.concept}, {name}", candidates)
+                            f"{target.concept}, {name}", None if typed else candidates)
 
         best = next(iter(candidates))
         if len(candidates) > 1:
@@ -263,7 +269,7 @@ def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[d
         rows.append({"concept": target.concept, "attack": name, "strongest": best,
                      "candidates": len(candidates),
                      "success": [round(100 * x, 1) for x in (rate, *wilson(rate, len(seeds)))],
-                     "seconds": round(clock.seconds[""], 1), "rows": candidates[best]})
+                     "seconds": round(clock.seconds[""], 1), "rows": best if typed else candidates[best]})
     return rows
 
 
@@ -282,14 +288,15 @@ def main() -> None:
     at_least_1(args, "budget", "choose")
     device, folder = pick_device(args.device), model_folder(args.model)
     erased = erased_by([args.edit], [args.concept] if args.concept else [])
-    W = read_edit(args.edit, folder) if args.edit else {}
+    text = Text(folder, device)
+    W = read_edit(args.edit, folder, text) if args.edit else {}
     W0 = cross_attention(folder) | original(folder, W)            # an edit may change others, too
     names = list(ATTACKS) if "all" in args.attack else list(dict.fromkeys(args.attack))
     name = Path(args.edit).name if args.edit else f"untouched-{args.concept.lower()}"
     out = args.out or Path("out/attack") / name
     for concept, task in erased:
         row_prompts(concept, task, range(1))                      # an unknown one is an error at once
-    model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
+    model, clip = Model(folder, device, DTYPES[args.dtype], text), judge(args.clip, folder, device)
     model.put(W)
     rows, pictures = [], []
     for concept, task in erased:
@@ -297,8 +304,8 @@ def main() -> None:
         rows += attack(target, clip, names, out, args)
     if RANK == 0:
         for row in rows:                                          # the strongest of each, for the eye
-            shown = min(args.n, 8)
-            pictures.append(model.draw(row.pop("rows").expand(shown, -1, -1),
+            shown, what = min(args.n, 8), row.pop("rows")
+            pictures.append(model.draw(what if isinstance(what, str) else what.expand(shown, -1, -1),
                                        list(range(args.seed, args.seed + shown)), args.steps,
                                        batch=args.batch))
         write_sheet(out / "grid.png", torch.cat(pictures).unflatten(0, (-1, shown)))

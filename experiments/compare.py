@@ -67,7 +67,7 @@ def main() -> None:
     for method in METHODS:
         counted, returned = [], {name: [] for name in ("plain", *args.attack)}
         for concept in args.concept:
-            W = read_edit(recipes[method, concept].folder(args.out, base), folder)
+            W = read_edit(recipes[method, concept].folder(args.out, base), folder, model.text)
             model.put(W)
             jobs = [job[1:] for group in row_prompts(concept, "object", seeds).values() for job in group]
             found = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch,

@@ -66,7 +66,7 @@ def measure(rows: list[tuple[str, str, list[str] | None]], args) -> list[tuple[d
     model = Model(folder, device, DTYPES[args.dtype])
     for i, ((concept, variant, _), one) in enumerate(zip(rows, recipes)):
         edit = one and one.folder(args.out, base)
-        model.put(read_edit(edit, folder) if edit else {})
+        model.put(read_edit(edit, folder, model.text) if edit else {})
         jobs = [job[1:] for group in row_prompts(concept, "object", seeds).values() for job in group]
         place = args.out / "pictures" / (edit.name if edit else "untouched")
         features = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch,

@@ -124,7 +124,7 @@ class Measure:
         self.book = json.loads((HERE / "captions.json").read_text("utf-8"))["classes"]
         self.choices = CLASSES + Captions().scenes
         self.model = Model(args.model, args.device)
-        self.model.put(read_edit(args.edit, args.model) if args.edit else {})
+        self.model.put(read_edit(args.edit, args.model, self.model.text) if args.edit else {})
         self.clip = CLIP.from_pretrained(args.model / "clip", device=args.device)
         self.photos, self.test = Photos(args.data), Photos(args.data, ("test_batch.bin",))
         self.judge = train_judge(args, self.photos)

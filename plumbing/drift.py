@@ -3,6 +3,7 @@ import statistics
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from plumbing import UserError
@@ -81,6 +82,12 @@ def movement(delta: Tensor, prompts: list[str], text) -> list[float]:
     """‖Δe‖/‖e‖ over all T rows of each prompt: how far W = W₀ (I + Δ) moves what the U-Net sees of it."""
     return [((e @ delta.T).norm() / e.norm()).item() for i in range(0, len(prompts), 64)
             for e in text(prompts[i:i + 64]).cpu().double()]
+
+
+def presence(way: Tensor, rows: Tensor) -> Tensor:
+    """How much of a concept prompts hold (Semantic Surgery's score): the mean over all T rows of the cosine
+    of a prompt's row to the concept's way from "". way [T, D] = e(concept) − e(""), rows [B, T, D] -> [B]."""
+    return F.cosine_similarity(way, rows, dim=-1).mean(-1)        # of begin-of-text, whose way is 0: 0
 
 
 def drifts(delta: Tensor, pairs, text) -> dict[str, float]:

@@ -1,5 +1,6 @@
-"""An edit's file, `erased.safetensors`, and the model that it was made for."""
+"""An edit: its file, `erased.safetensors`, how a model draws with it, and the model that it was made for."""
 import hashlib
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,8 +12,31 @@ from torch import Tensor
 
 from plumbing import UserError
 from plumbing.disk import is_edit, parse_json, read_json, readable, whole, write_json
+from plumbing.models import fingerprint
 from plumbing.prompts import TASKS
 from plumbing.weights import check_tensors, find_weights, read_tensors, shards
+
+
+# Methods that act while a picture is drawn, and the file whose `drawing(about, text)` says how: keyword
+# arguments of Model.draw. The file stands above all that reads edits, so it is imported by its name, and only
+# when such an edit is read. The names are fixed here: what else a folder says is never imported.
+DRAWING = {"SLD": "baselines.sld", "Semantic Surgery": "baselines.surgery", "SPM": "baselines.spm"}
+
+
+class Edit(dict):
+    """What an edit changes: tensors of the U-Net by official name, {name: tensor}; and `drawing`, keyword
+    arguments of Model.draw, which Model.put takes along. about: all that these depend on, as JSON's types."""
+
+    def __init__(self, tensors: dict[str, Tensor], drawing: dict | None = None, about: dict | None = None):
+        super().__init__(tensors)
+        self.drawing, self.about = drawing or {}, about or {}
+
+
+def refuse_weights_alone(method: str, args) -> None:
+    """Raises UserError if what is asked for holds weights alone, which do not hold how this method draws."""
+    if args.export or args.export_lora or args.preview:
+        raise UserError(f"{method} acts while a picture is drawn, and weights alone, which --export, "
+                        "--export-lora and --preview are about, do not hold that")
 
 
 def cross_attention(folder: str | Path) -> dict[str, Tensor]:
@@ -125,22 +149,40 @@ def erased_by(edits: list[str], concepts: list[str], task: str = "object") -> li
     return list(dict.fromkeys(found))
 
 
-def read_edit(edit: str | Path, model: str | Path) -> dict[str, Tensor]:
-    """The edited tensors of out/<name>, after checking that they were made from this model.
+def drawing_of(edit: str | Path, about: dict, text) -> Edit:
+    """How a model draws with an edit, as an Edit without tensors: {} but for methods that act while a picture
+    is drawn. Raises UserError where these cannot be had: without `text`, and of methods that are not ours."""
+    method, acts = about.get("method"), about.get("drawing") or edit_file(edit) is None
+    if "base_hash" not in about or not (method in DRAWING or acts):
+        return Edit({})
+    if method not in DRAWING or text is None:
+        raise UserError(f"--edit {edit} is of a method that changes how pictures are drawn ({method}): " + (
+            "weights alone, which is what is asked for here, do not hold it" if method in DRAWING else
+            "from its folder it can be neither drawn nor measured"))
+    module = importlib.import_module(DRAWING[method])
+    keys = ("method", "settings", "concepts", "anchors", "task", "safety_text")
+    try:
+        return Edit({}, module.drawing(about, text), {key: about.get(key) for key in keys}
+                    | {"code": fingerprint(Path(module.__file__))})
+    except (KeyError, TypeError):
+        raise UserError(f"{edit} is damaged or was written by another version of {DRAWING[method]}: make it "
+                        "again") from None
 
-    Also of an edit that was made elsewhere, part of a U-Net or all of it: those that differ from the model's
-    in half precision, in the dtype of its file. A warning says what cannot be checked. Raises UserError for
-    what does not fit.
+
+def read_edit(edit: str | Path, model: str | Path, text=None) -> Edit:
+    """The edited tensors of out/<name>, after checking that they were made from this model, and how it draws.
+
+    text: the model's Text, of whoever draws with the edit; without it, edits of methods that act while a
+    picture is drawn are refused. Also of an edit that was made elsewhere, part of a U-Net or all of it: those
+    that differ from the model's in half precision, in the dtype of its file. A warning says what cannot be
+    checked. Raises UserError for what does not fit.
     """
     path, about, tensors = edit_file(edit), about_edit(edit), {}
-    made_for = about.get("base_hash")
-    if path is None:
-        raise UserError(f"--edit {edit} is of a method that changes how pictures are drawn and no weights: "
-                        "from its folder it can be neither drawn nor measured")
-    for part in shards(path):
+    made_for, how = about.get("base_hash"), drawing_of(edit, about, text)
+    for part in shards(path) if path else ():
         with readable(part), safe_open(part, "pt") as file:
             tensors |= {key: file.get_tensor(key) for key in file.keys()}
-    if not tensors:
+    if path and not tensors:
         raise UserError(f"--edit {edit} holds no tensor")
     _, base = read_tensors(Path(model) / "unet", "diffusion_pytorch_model")
     if made_for is not None and made_for != base_hash(cross_attention(model)):
@@ -148,10 +190,10 @@ def read_edit(edit: str | Path, model: str | Path) -> dict[str, Tensor]:
     if about.get("text_hash") not in (None, text_hash(model)):
         raise UserError(f"--edit {edit} was made with another text encoder than {model}'s")
     check_tensors(f"--edit {edit} does not fit {model}: it", tensors, {k: v.shape for k, v in base.items()})
-    if made_for is not None and path.name == "erased.safetensors":
+    if made_for is not None and (path is None or path.name == "erased.safetensors"):
         if about.get("hash") not in (None, bytes_hash(tensors)):
             raise UserError(f"{path} is damaged: it does not hold what was written; make it again")
-        return tensors
+        return Edit(tensors, how.drawing, how.about)
     changed = {name: tensor.to(base[name].dtype) for name, tensor in tensors.items()
                if not torch.equal(tensor.half(), base[name].half())}
     if not changed:
@@ -159,7 +201,7 @@ def read_edit(edit: str | Path, model: str | Path) -> dict[str, Tensor]:
     if made_for is None:
         print(f"warning: --edit {edit} does not say which model it was made for, so that cannot be checked; "
               f"{len(changed)} of its {len(tensors)} tensors differ from {model}'s", file=sys.stderr)
-    return changed
+    return Edit(changed, how.drawing, how.about)
 
 
 def original(folder: str | Path, names) -> dict[str, Tensor]:

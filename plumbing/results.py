@@ -160,6 +160,8 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
                 "guidance": guidance, "size": model.defaults["size"], "dtype": str(model.dtype)}
     if others := {name: W.float().cpu() for name, W in model.worn.items() if name not in weights}:
         settings["other weights"] = base_hash(others)             # of edits beyond keys and values
+    if model.worn.drawing:
+        settings["drawing"] = model.worn.about                    # of methods that act while it is drawn
     if rows:
         settings["rows"] = base_hash(rows)
     results = Results(folder, settings, clip.config.projection_dim)

@@ -447,6 +447,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(refused, work, tmp_path, args,
     refused("experiments/attack.py", *args, cwd=tmp_path, match=match)
 
 
+def test_of_a_method_that_acts_while_drawing_only_what_anybody_types_or_feeds_is_tried(
+        here, refused, work, tmp_path):
+    """Gradients and closed forms see weights alone, which such a method need not change."""
+    (tmp_path / "work").mkdir()
+    here("baselines/surgery.py", "--concept", "airplane", "--no-pictures", "--out", "acts", cwd=tmp_path)
+    edit = ["--edit", tmp_path / "acts", "--model", work / "quick", "--n", 1, "--choose", 1, "--seed", 5]
+    for args in ([], ["--attack", "phrases", "embedding"]):
+        refused("experiments/attack.py", *edit, *args, cwd=tmp_path / "work",
+                match=r"acts while a picture is drawn.*embedding.*give --attack phrases vector")
+    here("experiments/attack.py", *edit, "--attack", "vector", "phrases", "--out", "out", cwd=tmp_path)
+    rows = {row["attack"]: row for row in json.loads((tmp_path / "out/attacks.json").read_text())}
+    assert rows.keys() == {"plain", "vector", "phrases"} and rows["phrases"]["candidates"] > 5
+
+
 def test_an_unknown_attack_is_named(here, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         here("experiments/attack.py", "--concept", "airplane", "--attack", "magic", cwd=tmp_path)

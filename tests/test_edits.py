@@ -28,15 +28,56 @@ def test_hash_is_the_same_for_full_and_half_precision_files():
     assert base_hash(W0) != base_hash({k: v * 1.01 for k, v in W0.items()})
 
 
+def acting(folder, method="SLD", **more):
+    """The folder of a method that acts while a picture is drawn."""
+    folder.mkdir()
+    about = {"method": method, "base_hash": base_hash(cross_attention(MINI)), "concepts": ["dog"],
+             "anchors": [""], "task": "object", "settings": {"preset": "max"}, "safety_text": "dog"} | more
+    (folder / "run.json").write_text(json.dumps(about))
+    return folder
+
+
 def test_a_folder_without_weights_is_not_drawn_as_if_untouched(refused, tmp_path):
-    """A method that changes how pictures are drawn leaves a run.json alone: nobody can read it back yet."""
-    (tmp_path / "sampled").mkdir()
-    about = {"method": "SLD", "base_hash": base_hash(cross_attention(MINI)), "concepts": ["dog"],
-             "anchors": ["sky"], "task": "object"}
-    (tmp_path / "sampled/run.json").write_text(json.dumps(about))
+    """Only our own methods' functions are found again: what a folder names is never imported."""
+    acting(tmp_path / "sampled", "os")
     for script, *args in (["sample.py", "a dog", "--n", 1, "--steps", 1],
                           ["eval_clip.py", "--n", 1, "--quick"], ["tools/export.py", "--folder", "sd"]):
         refused(script, *args, "--edit", "sampled", cwd=tmp_path, match="--edit sampled is of a method that")
+
+
+def test_an_own_methods_weights_are_not_drawn_without_its_functions(edit, tmp_path):
+    """Of both, the folder has the weights alone."""
+    about = about_edit(edit) | {"method": "Mine", "drawing": ["guide"]}
+    (tmp_path / "mine").mkdir()
+    save_file(load_file(edit / "erased.safetensors"), tmp_path / "mine/erased.safetensors",
+              {"edit": json.dumps(about)})
+    with pytest.raises(UserError, match=r"changes how pictures are drawn \(Mine\): from its folder"):
+        read_edit(tmp_path / "mine", MINI)
+
+
+def test_who_draws_gets_our_methods_functions_and_what_holds_weights_alone_refuses(refused, text, tmp_path):
+    found = read_edit(acting(tmp_path / "sld"), MINI, text)
+    assert found == {} and found.drawing.keys() == {"guide", "beside"}
+    assert torch.equal(found.drawing["beside"], text(["dog"]))
+    assert found.about["settings"] == {"preset": "max"} and len(found.about["code"]) == 64
+    (tmp_path / "p.txt").write_text("a cat\n")
+    for script, *args in (["tools/export.py", "--folder", "sd", "--edit", "sld"],
+                          ["tools/export.py", "--lora", 2, "--edit", "sld"], ["tools/merge.py", "sld", "sld"],
+                          ["tools/preview.py", "p.txt", "--edit", "sld"],
+                          ["experiments/lora_rank.py", "--edit", "sld"],
+                          ["rece.py", "--concept", "dog", "--edit", "sld"]):
+        refused(script, *args, cwd=tmp_path, match=r"drawn \(SLD\): weights alone")
+    refused("sample.py", "a dog", "--edit", "sld", "--strength", 0.5, cwd=tmp_path, match="changes weights")
+
+
+@pytest.mark.parametrize("change, match", [({"settings": {"preset": "huge"}}, "preset = weak"),
+                                           ({"settings": {"speed": 1}}, "damaged"), ({"settings": None}, "damaged"),
+                                           ({"settings": {"scale": "1"}}, "damaged"),
+                                           ({"base_hash": "other"}, "another model"),
+                                           ({"text_hash": "other"}, "another text encoder")], ids=str)
+def test_a_folder_of_ours_that_is_damaged_or_of_another_model_is_refused(change, match, text, tmp_path):
+    with pytest.raises(UserError, match=match):
+        read_edit(acting(tmp_path / "sld", **change), MINI, text)
 
 
 def test_a_whole_u_net_in_several_files_is_an_edit(tmp_path):

@@ -46,7 +46,9 @@ FEW = ["--n", "1", "--steps", "1"]
 ERASE = ["--no-pictures", "--overwrite"]
 LORA = ["--lora-steps", "1", "--set", "trajectories=2", "batch=1"]
 QUICK = {"realera.py": ERASE, "rece.py": ERASE, "baselines/uce.py": ERASE,
-         "baselines/speed.py": ERASE, "my_method.py": ERASE,
+         "baselines/speed.py": ERASE,
+         "baselines/sld.py": ERASE, "baselines/surgery.py": ERASE,
+         "baselines/spm.py": [*ERASE, "--set", "iterations=1"], "my_method.py": ERASE,
          "sample.py": FEW, "eval_clip.py": FEW,
          "experiments/attack.py": [*FEW, "--choose", "1", "--budget", "1"], "experiments/lora_rank.py": FEW,
          "experiments/preview_worth.py": [*FEW, "--classes", "1"]}

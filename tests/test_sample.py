@@ -113,11 +113,11 @@ def test_draw_takes_other_rows_another_guidance_and_a_part_of_an_edit(model):
     model.put(W)
     whole = model.draw(PROMPT, [1])
     for m, expected in ((0.0, plain), (1.0, whole)):
-        assert torch.equal(model.draw(PROMPT, [1], strength=lambda c: m), expected)
-    many = model.draw(["a cat", *PROMPT], [2, 1], strength=lambda c: 1.0 if torch.equal(
-        c, model.text(["a cat"])[0]) else 0.0)
+        assert torch.equal(model.draw(PROMPT, [1], strength=lambda c, prompt: m), expected)
+    many = model.draw(["a cat", *PROMPT], [2, 1], strength=lambda c, prompt: 1.0 if torch.equal(
+        c, model.text([prompt])[0]) and prompt == "a cat" else 0.0)
     assert torch.equal(many[1], plain[0]) and torch.equal(many[0], model.draw(["a cat"], [2])[0])
-    half = model.draw(PROMPT, [1], strength=lambda c: 0.5)
+    half = model.draw(PROMPT, [1], strength=lambda c, prompt: 0.5)
     model.put({name: 0.75 * tensor.float() for name, tensor in cross_attention(MINI).items()})
     assert torch.allclose(half, model.draw(PROMPT, [1]), atol=1e-5)
     model.put({})
