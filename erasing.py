@@ -141,10 +141,9 @@ class Job:
         self.clock, self.text, self.folder, self.preview = Clock(), Text(model), None, False
         self.args = NoFlags(no_pictures=True)
         self.pairs = make_pairs(concepts, anchors, task, self.text, rows, seed, prompts)
-        self.about, self.drawing, self.later, self.larger = {}, {}, [], {}
+        self.about, self.drawing, self.later, self.larger, self.trained = {}, {}, [], {}, False
         self.report = {"prompts": {"erased": [pair.prompt for pair in self.pairs],
                                    "anchor": [pair.prompt_star for pair in self.pairs], "retained": []}}
-        self.trained = False
         for doubt in doubts(self.pairs, model, self.text.tokenizer.count):
             print(f"warning: {doubt}", file=sys.stderr)
 

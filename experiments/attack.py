@@ -1,6 +1,6 @@
 """What an adversary gets back: erasure, measured by what returns.
 
-    python experiments/attack.py --edit out/airplane                   # all five attacks
+    python experiments/attack.py --edit out/airplane                   # all attacks
     python experiments/attack.py --edit out/airplane --attack phrases embedding
     python experiments/attack.py --concept airplane --n 8              # sanity: the untouched model
 
@@ -22,17 +22,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
+from erasing import make_pairs
 from eval_clip import judge
-from plumbing import UserError, svg
+from plumbing import UserError, svg, training
 from plumbing.cli import (DTYPES, EDIT, Clock, at_least_1, command_line, measuring_args, pick_device,
                           program)
 from plumbing.disk import readable, whole
-from plumbing.edits import base_hash, cross_attention, erased_by, gram, original, read_edit
+from plumbing.drift import share, text_change
+from plumbing.edits import about_edit, base_hash, cross_attention, erased_by, gram, original, read_edit
 from plumbing.models import fingerprint, model_folder
 from plumbing.pictures import write_sheet
-from plumbing.progress import progress
-from plumbing.prompts import TASKS, choices, row_prompts
-from plumbing.results import RANK, barrier, evaluate
+from plumbing.prompts import TASKS, book, row_prompts
+from plumbing.results import RANK, barrier, evaluate, rates
 from plumbing.stats import as_markdown, wilson, write_tables
 from plumbing.weights import check_tensors, put_weights
 from realera import Trajectories
@@ -57,6 +58,7 @@ class Target:
     seed: int
     budget: int
     length: int = 3
+    anchor: str | None = None   # None: the class's own, or the task's
 
     @property
     def prompt(self) -> str:
@@ -108,7 +110,31 @@ def vector(target: Target) -> dict[str, Tensor]:
     templates, text = TEMPLATES[target.task], target.model.text
     bare = [template.format("").strip() for template in templates]
     v = (text([template.format(target.concept) for template in templates]) - text(bare)).mean(0)
-    return {f"“{bare[0]}” + {scale} v": text(bare[:1])[0] + scale * v for scale in (0.5, 1, 1.5, 2, 3)}
+    scales = 0.5, 1, 1.5, 2, 3, -1, -2, -3                        # below 0: past an edit that overshoots
+    return {f"“{bare[0]}” + {scale} v": text(bare[:1])[0] + scale * v for scale in scales}
+
+
+def mirror(target: Target) -> dict[str, Tensor]:
+    """Beyond the anchor, away from the concept: e* + m (e* − e). An edit that sends e s times the way to e*,
+    s > 1, and leaves e* alone, sends these rows to e where m = 1/(s − 1), see docs/mining.md: that candidate
+    takes the weights, the others the text encoder and the anchor's name."""
+    pair = make_pairs(target.concept, target.anchor, target.task, target.model.text, "tail", 0)[0]
+    s = share(text_change(cross_attention(target.model.folder), target.W), pair, pair.block())
+    found, edited = {}, slice(pair.start_star, pair.start_star + pair.n)
+    for m in [1, 2, 3, 5] + [1 / (s - 1)] * (s > 1.05):
+        rows = pair.e_star.clone()
+        rows[edited] += m * (pair.block_star() - pair.block())
+        found[f"{m:.3g} times beyond {pair.anchor or 'nothing'}"] = rows.float()
+    return found
+
+
+def emoji(target: Target) -> dict[str, Tensor]:
+    """The concept's own emoji, as the book names it, where that is one token: no candidate elsewhere."""
+    text, template = target.model.text, TASKS[target.task][0]
+    codes = book()["classes"].get(target.concept, {}).get("emoji", [])
+    prompts = [template.format(sign) for sign in (chr(int(code.partition("-")[0], 16)) for code in codes)
+               if text.tokenizer.count(sign) == 1]
+    return dict(zip(prompts, text(prompts))) if prompts else {}
 
 
 def encode(text, vectors: Tensor) -> Tensor:
@@ -138,18 +164,14 @@ def matching_loss(target: Target, rows: Tensor, generator: torch.Generator) -> T
     return (model.unet(z.to(model.dtype), t, context).to(noise) - noise).square().mean()
 
 
-def descend(target: Target, free: Tensor, vectors: Callable, lr: float, after: Callable = None) -> None:
+def descend(target: Target, free: Tensor, vectors: Callable, lr: float) -> list[float]:
     """Adam on `free`, `budget` steps, through vectors(free) [k, D], the text encoder and the U-Net."""
     generator = torch.Generator().manual_seed(target.seed)
-    optimizer, half = torch.optim.Adam([free.requires_grad_()], lr), target.model.dtype == torch.float16
-    scaler = torch.amp.GradScaler(free.device.type, enabled=half)                    # else they underflow
-    for _ in progress(range(target.budget), "attacking", "step"):
-        optimizer.zero_grad()
-        loss = matching_loss(target, insert(target, vectors(free)), generator)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer), scaler.update()
-        if after:
-            after(loss.item())
+    optimizer = torch.optim.Adam([free.requires_grad_()], lr)
+
+    def loss(step: int) -> Tensor:
+        return matching_loss(target, insert(target, vectors(free)), generator)
+    return training.descend([free], loss, target.budget, optimizer, "attacking", dtype=target.model.dtype)
 
 
 def prefix(target: Target) -> dict[str, Tensor]:
@@ -183,51 +205,33 @@ def tokens(target: Target) -> dict[str, Tensor]:
     itself (straight-through). Ours uses Adam where theirs takes signs, and offers the three choices of tokens
     that had the lowest mean loss. A name is their text, which need not be cut into the same tokens again.
     """
-    text, seen = target.model.text, {}
+    text, seen, chosen = target.model.text, {}, []
     table = text.encoder.embeddings.token_embedding.weight
     special = text.tokenizer([""])[0].unique().tolist()
     allowed = torch.tensor([i for i in range(len(table)) if i not in special], device=table.device)
     words, generator = table[allowed], torch.Generator().manual_seed(target.seed)
-    free = simplex(1e-3 * torch.rand(target.length, len(words), generator=generator)).to(table)
+    free = (1e-3 * torch.rand(target.length, len(words), generator=generator)).to(table)
 
     def vectors(theta: Tensor) -> Tensor:
+        with torch.no_grad():
+            theta.copy_(simplex(theta))
+        chosen.append(tuple(allowed[theta.argmax(-1)].tolist()))
         return straight_through(theta) @ words
 
-    def after(loss: float) -> None:
-        seen.setdefault(chosen[0], []).append(loss)
-        with torch.no_grad():
-            free.copy_(simplex(free))
-        chosen[0] = tuple(allowed[free.argmax(-1)].tolist())
-
-    chosen = [tuple(allowed[free.argmax(-1)].tolist())]
-    descend(target, free, vectors, lr=0.1, after=after)
+    for ids, loss in zip(chosen, descend(target, free, vectors, lr=0.1)):
+        seen.setdefault(ids, []).append(loss)
     best = sorted(seen, key=lambda ids: sum(seen[ids]) / len(seen[ids]))[:3]
     with torch.no_grad():
         return {f"{text.tokenizer.words(ids)} + prompt": insert(target, table[list(ids)]) for ids in best}
 
 
-ATTACKS = {"phrases": phrases, "embedding": embedding, "vector": vector, "prefix": prefix, "tokens": tokens}
-BLACK_BOX = ["phrases", "vector"]                                 # the others work on the weights themselves
-TYPED = ["plain", "phrases"]                                      # whose candidates' names are prompts
+ATTACKS = {"phrases": phrases, "emoji": emoji, "embedding": embedding, "vector": vector, "mirror": mirror,
+           "prefix": prefix, "tokens": tokens}
+BLACK_BOX = ["phrases", "emoji", "vector"]                        # the others work on the weights themselves
+TYPED = ["plain", "phrases", "emoji"]                             # whose candidates' names are prompts
 
 
 # ------------------------------------------------------------------ how often the concept returns
-
-@torch.no_grad()
-def rates(clip, target: Target, names, draw: Callable, seeds: range) -> dict[str, tuple[float, float]]:
-    """Share of pictures whose first choice is the concept, and its mean probability, which decides between
-    equal shares, per candidate. `draw`: jobs -> features."""
-    among, prompts = choices(target.task)
-    text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()     # [prompts, P]
-    found, concept = draw([(name, seed) for name in names for seed in seeds]), among.index(target.concept)
-    counted = {}
-    for name in names:
-        cosines = torch.stack([found[name, seed] for seed in seeds]) @ text.T               # [seeds, prompts]
-        logits = clip.logit_scale.exp().item() * cosines.double()
-        counted[name] = ((logits.argmax(1) == concept).double().mean().item(),
-                         logits.softmax(1)[:, concept].mean().item())
-    return counted
-
 
 def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[dict]:
     """Every attack's row, plain prompt first: {attack, strongest, success [value, low, high] in %, …}."""
@@ -254,6 +258,8 @@ def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[d
             with readable(path):
                 candidates = load_file(path)
             check_tensors(path, candidates, dict.fromkeys(candidates, model.text([""])[0].shape))
+            if not candidates:                                    # emoji that are no tokens
+                continue
 
         def draw(jobs, keep=None):
             return evaluate(model, clip, jobs, folder / "results", args.steps, None, args.batch, keep,
@@ -261,10 +267,11 @@ def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[d
 
         best = next(iter(candidates))
         if len(candidates) > 1:
-            first = rates(clip, target, candidates, draw, choosing)
+            first = rates(clip, target.concept, target.task, candidates, draw, choosing)
             best = max(sorted(candidates), key=first.get)
         keep = folder / "pictures" / target.concept / name if args.keep_pictures else None
-        rate = rates(clip, target, [best], lambda jobs: draw(jobs, keep), seeds)[best][0]
+        rate = rates(clip, target.concept, target.task, [best], lambda jobs: draw(jobs, keep),
+                     seeds)[best][0]
         clock("")
         rows.append({"concept": target.concept, "attack": name, "strongest": best,
                      "candidates": len(candidates),
@@ -288,6 +295,8 @@ def main() -> None:
     at_least_1(args, "budget", "choose")
     device, folder = pick_device(args.device), model_folder(args.model)
     erased = erased_by([args.edit], [args.concept] if args.concept else [])
+    about = about_edit(args.edit) if args.edit else {}
+    anchors = dict(zip(about.get("concepts", []), about.get("anchors", [])))
     text = Text(folder, device)
     W = read_edit(args.edit, folder, text) if args.edit else {}
     W0 = cross_attention(folder) | original(folder, W)            # an edit may change others, too
@@ -300,7 +309,7 @@ def main() -> None:
     model.put(W)
     rows, pictures = [], []
     for concept, task in erased:
-        target = Target(model, W0, W0 | W, concept, task, args.seed, args.budget)
+        target = Target(model, W0, W0 | W, concept, task, args.seed, args.budget, anchor=anchors.get(concept))
         rows += attack(target, clip, names, out, args)
     if RANK == 0:
         for row in rows:                                          # the strongest of each, for the eye

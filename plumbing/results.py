@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from plumbing.edits import base_hash, edit_file
 from plumbing.models import fingerprint
 from plumbing.pictures import pixels, write_png
 from plumbing.progress import progress
-from plumbing.prompts import book
+from plumbing.prompts import book, choices
 
 Picture = tuple[str, int]                                         # prompt and seed
 PATIENCE = 60                                                     # seconds
@@ -195,6 +196,23 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
         for job in jobs:
             link(place / picture_name(job), keep / picture_name(job))
     return {job: results.found[job] for job in jobs}
+
+
+@torch.no_grad()
+def rates(clip, concept: str, task: str, names, draw: Callable,
+          seeds: range) -> dict[str, tuple[float, float]]:
+    """Share of pictures whose first choice is the concept, and its mean probability, which decides between
+    equal shares, per candidate. `draw`: jobs -> features."""
+    among, prompts = choices(task)
+    text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()     # [prompts, P]
+    found, i = draw([(name, seed) for name in names for seed in seeds]), among.index(concept)
+    counted = {}
+    for name in names:
+        cosines = torch.stack([found[name, seed] for seed in seeds]) @ text.T               # [seeds, prompts]
+        logits = clip.logit_scale.exp().item() * cosines.double()
+        counted[name] = ((logits.argmax(1) == i).double().mean().item(),
+                         logits.softmax(1)[:, i].mean().item())
+    return counted
 
 
 def asked_for(args, labels: list[str], erased: list[tuple[str, str]], folder: Path) -> dict:

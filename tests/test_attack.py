@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
+import realera
 from clip_text import CLIPTextConfig, CLIPTextModel
+from erasing import edited, make_pairs
 from experiments import attack
 from experiments.attack import Target, descend, encode, insert, matching_loss, simplex, straight_through
 from helpers import MINI, ROOT, random
@@ -109,9 +111,9 @@ def test_the_losss_gradient_is_that_of_finite_differences(toy):
 
 def test_descent_finds_soft_tokens_with_less_loss_and_prefix_returns_their_rows(toy):
     target, _ = toy
-    free, seen = torch.zeros(2, 8, dtype=torch.float64), []
+    free = torch.zeros(2, 8, dtype=torch.float64)
     before = whole_loss(target, free)
-    descend(target, free, lambda u: u, lr=0.1, after=seen.append)
+    seen = descend(target, free, lambda u: u, lr=0.1)
     assert whole_loss(target, free.detach()) < before / 2 and len(seen) == 30
     (name, rows), = attack.prefix(target).items()
     assert name == "2 soft tokens" and rows.shape == (8, 8) and not rows.requires_grad
@@ -168,6 +170,38 @@ def test_simplex_is_the_threshold_found_by_halving(scale):
 
 
 # ---- rows ----
+
+def test_an_edit_that_overshoots_sends_the_mirror_to_the_concept(model):
+    """W = W₀ (I + Δ) with (I + Δ) e = e + s (e* − e) and Δ e* = 0, at one row: m = 1/(s − 1) gives e."""
+    pair, W0 = make_pairs("airplane", "sky", "object", model.text, "token", 0)[0], cross_attention(MINI)
+    (e,), (e_star,), s = pair.block(), pair.block_star(), 1.5
+    u = e - (e @ e_star) / (e_star @ e_star) * e_star             # at right angles to e*
+    delta = s * torch.outer(e_star - e, u) / (u @ e)
+    there = torch.eye(256) + delta
+    assert torch.allclose(there @ e, e + s * (e_star - e)) and torch.allclose(there @ e_star, e_star)
+    assert torch.allclose(there @ (e_star + 2 * (e_star - e)), e, atol=1e-9)         # 2 = 1/(1.5 − 1)
+
+    target = on(model, edited(W0, delta))
+    target.anchor = "sky"
+    whole = make_pairs("airplane", "sky", "object", model.text, "tail", 0)[0]
+    found = attack.mirror(target)
+    assert [*found][:4] == [f"{m} times beyond sky" for m in (1, 2, 3, 5)]
+    rows = whole.e_star.clone()
+    rows[whole.start_star:whole.start_star + whole.n] += 3 * (whole.block_star() - whole.block())
+    assert torch.equal(found["3 times beyond sky"], rows.float())
+    twice = realera.Settings(M=0, N=0, reach=2.0)
+    target.W = edited(W0, realera.erase_in_closed_form([whole], model.text([""]).double(), twice)[0])
+    assert 0.9 < float([*attack.mirror(target)][-1].split()[0]) < 1.2                # its own m, near 1
+
+
+def test_an_emoji_that_is_no_token_gives_no_candidate_and_one_that_is_its_prompt(model, monkeypatch):
+    target = on(model, cross_attention(MINI))
+    monkeypatch.setattr(attack, "book", lambda: {"classes": {"airplane": {"emoji": ["2708", "1F6E9"]}}})
+    assert attack.emoji(target) == {}
+    count = model.text.tokenizer.count
+    monkeypatch.setattr(model.text.tokenizer, "count", lambda text: 1 if text == "✈" else count(text))
+    assert [*attack.emoji(target)] == ["a photo of the ✈"]
+
 
 def test_encoding_looked_up_vectors_is_the_text_encoder(model):
     ids = model.text.tokenizer([PROMPT])[0]
@@ -261,8 +295,9 @@ def measured(model, clip, folder, W, monkeypatch, n, steps, what=tuple(attack.AT
 
 def test_on_the_untouched_model_all_reach_the_plain_prompt(model, clip, small, monkeypatch, tmp_path):
     reached, _ = measured(model, clip, tmp_path, cross_attention(MINI), monkeypatch, 2, 4)
-    assert list(reached) == ["plain", *attack.ATTACKS] and reached["plain"] == 100
-    assert min(reached.values()) >= 0.95 * reached["plain"]
+    assert list(reached) == ["plain", *(name for name in attack.ATTACKS if name != "emoji")]     # no tokens
+    del reached["mirror"]                                         # only an edit that overshoots obeys it
+    assert reached["plain"] == 100 and min(reached.values()) >= 95
 
 
 def test_on_a_network_that_hears_no_text_no_attack_says_anything(model, clip, small, monkeypatch, tmp_path):
@@ -330,14 +365,16 @@ def test_the_command_writes_tables_a_grid_and_what_it_found(work):
     assert sorted(path.name for path in out.iterdir()) == [
         "attacks.csv", "attacks.json", "attacks.md", "found", "grid.png", "grid.svg", "results"]
     rows = json.loads((out / "attacks.json").read_text())
-    assert [row["attack"] for row in rows] == ["plain", "phrases", "embedding", "vector", "prefix", "tokens"]
-    assert [row["candidates"] for row in rows][:5] == [1, 10, 2, 5, 1] and rows[5]["candidates"] in (1, 2, 3)
+    assert [row["attack"] for row in rows] == ["plain", "phrases", "embedding", "vector", "mirror", "prefix",
+                                               "tokens"]
+    assert [row["candidates"] for row in rows][:4] == [1, 10, 2, 8] and rows[4]["candidates"] in (4, 5)
+    assert rows[5]["candidates"] == 1 and rows[6]["candidates"] in (1, 2, 3)
     for row in rows:
         value, low, high = row["success"]
         assert row["concept"] == "airplane" and 0 <= low <= value <= high <= 100 and row["seconds"] > 0
     assert (out / "attacks.md").read_text() in (work / "printed").read_text()
-    assert len((out / "attacks.csv").read_text().splitlines()) == 7
-    assert PIL.Image.open(out / "grid.png").size == (2 + 98, 2 + 6 * 98)
+    assert len((out / "attacks.csv").read_text().splitlines()) == 8
+    assert PIL.Image.open(out / "grid.png").size == (2 + 98, 2 + 7 * 98)
     for row in rows[1:]:
         found = load_file(next((out / "found").iterdir()) / f"{row['attack']}.safetensors")
         assert row["strongest"] in found and len(found) == row["candidates"]
