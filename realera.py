@@ -89,7 +89,8 @@ def radius_at(cosine: float, e: Tensor, v_hat: Tensor) -> float:
 
 
 def neighbor_radii(e: Tensor, v_hat: Tensor, s: Settings) -> tuple[float, float]:
-    """Eq. (6): the cosine falls with r, so instead of drawing until the filter passes, draw where it does."""
+    """The limits of r. The cosine falls with r: so draw where the filter passes, not until it passes."""
+    # Eq. (6): both of these at once
     return room(radius_at(s.S1, e, v_hat),
                 min(s.D1 * e.norm().item(),                       # Eq. (3): d(e, e + η) = r ≤ D1
                     radius_at(s.S2, e, v_hat)), "neighbor")       # Eq. (4): S2 ≤ cos(e, e + η) ≤ S1

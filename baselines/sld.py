@@ -98,8 +98,8 @@ def drawing(about: dict, text) -> dict:
 
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     safety_text = ", ".join(pair.concept for pair in job.pairs)
-    job.about = {"safety_text": safety_text,
-                 "prompts": {"erased": [safety_text], "anchor": [], "retained": []}}
+    job.about = {"safety_text": safety_text}
+    job.report["prompts"] = {"erased": [safety_text], "anchor": [], "retained": []}
     job.drawing = drawing(job.about | {"settings": dataclasses.asdict(s)}, job.text)
     print(f"safety text: {safety_text!r}")
     return {}

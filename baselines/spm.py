@@ -26,6 +26,7 @@ z_t: the adapted network draws c with guidance 3 and stops at a random step. Îµâ
 Written are W at m = 1 and, in spm.safetensors, the adapters in kohya's spelling.
 """
 import dataclasses
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def drawing(about: dict, text) -> dict:
 
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     said = {"concepts": [pair.concept for pair in job.pairs], "anchors": [pair.anchor for pair in job.pairs]}
-    job.about = {"prompts": {"erased": said["concepts"], "anchor": said["anchors"], "retained": [""]}}
+    job.report["prompts"] = {"erased": said["concepts"], "anchor": said["anchors"], "retained": [""]}
     job.trained, job.drawing = True, drawing(said | {"settings": dataclasses.asdict(s)}, job.text)
     unet, generator, tensors = job.model.unet, torch.Generator().manual_seed(job.seed), {}
     adapters = add_adapters(unet, s.rank, generator)
@@ -156,7 +157,7 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
                     f"{key}.lora_down.weight": down.detach().cpu().view(s.rank, *W0.shape[1:]),
                     f"{key}.alpha": torch.tensor(s.alpha)}
     with whole(job.folder / "spm.safetensors") as temporary:
-        save_file(tensors, temporary, {"prompts": ",".join(said["concepts"]), "rank": str(s.rank)})
+        save_file(tensors, temporary, {"spm": json.dumps({"prompts": said["concepts"], "rank": s.rank})})
     job.clock("training")
     return {name: W.detach() for name, W in merged(unet, adapters, s).items()}
 

@@ -78,7 +78,7 @@ def drawing(about: dict, text) -> dict:
 
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     said = {"concepts": [pair.concept for pair in job.pairs], "anchors": [pair.anchor for pair in job.pairs]}
-    job.about = {"prompts": {"erased": said["concepts"], "anchor": said["anchors"], "retained": []}}
+    job.report["prompts"] = {"erased": said["concepts"], "anchor": said["anchors"], "retained": []}
     job.drawing = drawing(said | {"settings": dataclasses.asdict(s)}, job.text)
     job.report["presence"] = {}
     for pair in job.pairs:

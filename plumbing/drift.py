@@ -71,7 +71,7 @@ def say_shares(delta: Tensor, pairs, task: str, text) -> dict[str, dict[str, flo
     """Print the surroundings of the first five concepts, and what is doubtful there; returns all."""
     found = surroundings(delta, pairs, task, text)
     for pair in pairs[:5] if found else ():
-        near = ", ".join(f"{name} {share:.2f}" for name, share in found[str(pair)].items())
+        near = ", ".join(f"{name} {round(share, 2) + 0.0:.2f}" for name, share in found[str(pair)].items())
         print(f"{pair}: of the way go, the nearest first, {near}")
         if doubt := warning_of(pair.concept, found[str(pair)]):
             print(f"warning: {doubt}", file=sys.stderr)

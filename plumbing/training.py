@@ -84,5 +84,6 @@ def descend(params, loss: Callable[[int], Tensor | Iterable[Tensor]], steps: int
     losses = torch.stack(losses).tolist() if losses else []       # asked at last: a GPU is waited for once
     for step, value in enumerate(losses, 1):
         if not math.isfinite(value):
-            raise UserError(f"the loss became {value} at step {step}: try a smaller lr, or --dtype float32")
+            what = "NaN" if math.isnan(value) else "infinite"
+            raise UserError(f"the loss became {what} at step {step}: try a smaller lr, or --dtype float32")
     return losses

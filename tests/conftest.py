@@ -68,7 +68,7 @@ def pytest_cmdline_main(config):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: needs gigabytes of memory and minutes; runs only with --slow")
+    config.addinivalue_line("markers", "slow: needs minutes, or gigabytes of memory; runs only with --slow")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -256,7 +256,7 @@ def test_the_vector_scaled_by_one_is_the_concept_where_there_is_one_template(mod
     found, text = attack.vector(target), lambda prompt: model.text([prompt])[0]
     v = (text(PROMPT) - text("a photo of the") + text("a picture of the airplane") - text("a picture of the")
          + text("a photo of a airplane") - text("a photo of a") + text("airplane") - text("")) / 4
-    assert [float(name.split()[-2]) for name in found] == [0.5, 1, 1.5, 2, 3]
+    assert [float(name.split()[-2]) for name in found] == [0.5, 1, 1.5, 2, 3, -1, -2, -3]
     for name, rows in found.items():
         assert (rows - text("a photo of the") - float(name.split()[-2]) * v).abs().max() < 1e-5
     monkeypatch.setattr(attack, "TEMPLATES", {"object": [attack.TEMPLATES["object"][0]]})
@@ -397,8 +397,9 @@ def test_interrupted_and_gone_on_from_is_the_same_and_nothing_is_done_twice(here
     here("experiments/attack.py", "--edit", "one", *QUICK, "--out", "again", cwd=work)
     assert table(work / "again") == table(work / "out/attack/one")
     assert (work / "again/grid.png").read_bytes() == (work / "out/attack/one/grid.png").read_bytes()
-    tokens = table(work / "again")[5]["candidates"]
-    assert len(set(drawn)) == len(drawn) == first + (5 + 1) + 1 + (tokens + 1 if tokens > 1 else 1)
+    mirror, _, tokens = (row["candidates"] for row in table(work / "again")[4:])
+    assert len(set(drawn)) == len(drawn) == (
+        first + (8 + 1) + (mirror + 1) + 1 + (tokens + 1 if tokens > 1 else 1))
 
 
 def test_damaged_findings_are_named_and_not_drawn(refused, work, monkeypatch):
@@ -492,7 +493,7 @@ def test_of_a_method_that_acts_while_drawing_only_what_anybody_types_or_feeds_is
     edit = ["--edit", tmp_path / "acts", "--model", work / "quick", "--n", 1, "--choose", 1, "--seed", 5]
     for args in ([], ["--attack", "phrases", "embedding"]):
         refused("experiments/attack.py", *edit, *args, cwd=tmp_path / "work",
-                match=r"acts while a picture is drawn.*embedding.*give --attack phrases vector")
+                match=r"acts while a picture is drawn.*embedding.*give --attack phrases emoji vector")
     here("experiments/attack.py", *edit, "--attack", "vector", "phrases", "--out", "out", cwd=tmp_path)
     rows = {row["attack"]: row for row in json.loads((tmp_path / "out/attacks.json").read_text())}
     assert rows.keys() == {"plain", "vector", "phrases"} and rows["phrases"]["candidates"] > 5

@@ -3,9 +3,12 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
+import pytest
+
 from helpers import ROOT
 
 
+@pytest.mark.slow                                                 # until the next mini moves in
 def test_the_figure_has_a_panel_per_stage_and_what_was_drawn_on_the_way(trained, tmp_path):
     command = [sys.executable, ROOT / "mini/figure.py", "--work", trained[1], "--out", tmp_path / "t.svg"]
     subprocess.run(command, check=True)

@@ -4,9 +4,12 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from helpers import ROOT
 
 
+@pytest.mark.slow                                                 # until the next mini moves in
 def test_measuring_fills_the_tables_of_the_card(trained, data, tmp_path):
     shutil.copytree(trained[0], tmp_path / "model")
     (tmp_path / "model/defaults.json").write_text(json.dumps({"guidance": 3.0, "steps": 1, "size": 32}))

@@ -126,7 +126,7 @@ def test_the_folder_holds_the_change_in_float32_and_the_adapters_that_make_it(fo
         assert W[name].dtype == torch.float32 and torch.allclose(W[name], W0.float() + change, atol=1e-6)
     assert max((W[name] - W0.float()).abs().max() for name, W0 in original(MINI, W).items()) > 1e-4
     with safe_open(folder / "a/spm.safetensors", "pt") as file:
-        assert file.metadata() == {"prompts": "airplane", "rank": "1"}
+        assert json.loads(file.metadata()["spm"]) == {"prompts": ["airplane"], "rank": 1}
     about = json.loads((folder / "a/run.json").read_text("utf-8"))
     assert about["settings"] | {"rank": 1, "alpha": 1, "as_published": True} == about["settings"]
     assert about["prompts"] == {"erased": ["airplane"], "anchor": [""], "retained": [""]}

@@ -24,6 +24,7 @@ def trained(trained, data, tmp_path_factory):
     return root / "model", root / "work", args, trained[3]
 
 
+@pytest.mark.slow                                                 # until the next mini moves in
 def test_three_stages_make_a_model_that_we_and_diffusers_open(trained):
     out, work, _, printed = trained
     for part in ("clip: 4 of 4 steps", "zero-shot top-1", "vae: 4 of 4 steps", "PSNR", "unet: 4 of 4 steps"):
@@ -41,6 +42,7 @@ def test_three_stages_make_a_model_that_we_and_diffusers_open(trained):
     assert (ours - theirs.float()).abs().max() <= 1 / 255
 
 
+@pytest.mark.slow                                                 # until the next mini moves in
 def test_what_is_trained_can_be_gone_on_from(trained, tmp_path):
     """A finished stage is only written again; --init starts from weights; the image tower goes on alone."""
     out, _, args, _ = trained

@@ -80,6 +80,6 @@ def test_descend_takes_the_optimizers_steps_clips_and_names_the_step_that_is_not
     x = torch.tensor([3.0, 4.0], requires_grad=True)              # gradient of x²/2 is x, of length 5
     assert descend([x], lambda step: x.square().sum() / 2, 1, torch.optim.SGD([x], 1.0), "", clip=1) == [12.5]
     assert torch.allclose(x.detach(), torch.tensor([2.4, 3.2]))
-    with pytest.raises(UserError, match="nan at step 2: try a smaller lr"):
+    with pytest.raises(UserError, match="NaN at step 2: try a smaller lr"):
         descend([x], lambda step: x.sum() * (1 if step == 1 else math.nan), 3, torch.optim.SGD([x], 0.1), "")
     assert descend([x], lambda step: x.sum(), 0, torch.optim.SGD([x], 0.1), "") == []
