@@ -116,9 +116,9 @@ def vocabulary_of(path: Path, text, model: Path, task: str) -> Vocabulary:
 
 def cosines(pair: Pair, rows: Tensor) -> Tensor:
     """Of each word to the concept, over all n edited rows: rows [words, 2, D] -> [words]."""
-    e = pair.block() if pair.n > 1 else pair.block().expand(2, -1)
-    weight = torch.tensor([[1.0], [(pair.n - 1) ** 0.5]], dtype=torch.float64)
-    return torch.cosine_similarity((weight * rows.double()).flatten(1),
+    e = (pair.block() if pair.n > 1 else pair.block().expand(2, -1)).float()
+    weight = torch.tensor([[1.0], [(pair.n - 1) ** 0.5]])         # in float32: SD's are 200 MB
+    return torch.cosine_similarity((weight * rows.float()).flatten(1),
                                    (weight * torch.stack([e[0], e[1:].mean(0)])).flatten()[None])
 
 
