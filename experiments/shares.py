@@ -60,9 +60,7 @@ def edit_of(settings: str, pair: Pair, text: Text, words) -> torch.Tensor:
         s = parse_settings(Settings, settings.split())
         return erase_in_closed_form([pair], text(preserved_prompts("object", [pair])), s)[0]
     s = parse_settings(vocabulary.Settings, settings.split()[1:])
-    choosing = {word for entry in book()["classes"].values() for group in entry.get("choosing", {}).values()
-                for text in group for word in text.split()}
-    named = set() if s.measured else measured_words() | choosing  # nothing that is watched is handed to it
+    named = set() if s.measured else measured_words()             # nothing that is watched is handed to it
     return vocabulary.erase_with_words([pair], words, text("")[0].double(), s, named=named)[0]
 
 

@@ -177,12 +177,17 @@ def names_around(task: str) -> list[str]:
 
 
 def measured_words() -> set[str]:
-    """Every word that something is measured with: classes, synonyms, phrases, near things, drift."""
+    """Every word that something is measured with, singular and plural: classes, synonyms, phrases, near
+    things, what is chosen by, drift."""
     texts = [*nouns("watched"), *book()["classes"]]
     for entry in book()["classes"].values():
         lists = [entry.get(name, []) for name in ("synonyms", "associated", "vanish", "disputed", "stay")]
-        texts += [*sum(lists, []), entry.get("far", "")]
-    return {word for text in texts for word in text.split()}
+        texts += [*sum(lists, []), *sum(entry.get("choosing", {}).values(), []), entry.get("far", "")]
+    words = {word for text in texts for word in text.split()}
+    one = {word.removesuffix(end) for word in words for end in ("s", "es")} | {
+        word[:-3] + "y" for word in words if word.endswith("ies")}
+    return words | one | {many for word in words | one
+                          for many in (f"{word}s", f"{word}es", word[:-1] + "ies")}
 
 
 def prompts_to_watch(concept: str, task: str = "object", anchor: str = "",

@@ -7,8 +7,8 @@ from erasing import make_pairs
 from helpers import CLASSES, MINI
 from plumbing import UserError, prompts
 from plumbing.disk import read_json
-from plumbing.prompts import (ASSOCIATED, BOOK, PRESERVED, UNRELATED, names_to_choose, preserved_prompts,
-                              prompts_to_watch, row_prompts)
+from plumbing.prompts import (ASSOCIATED, BOOK, PRESERVED, UNRELATED, measured_words, names_to_choose,
+                              preserved_prompts, prompts_to_watch, row_prompts)
 from sample import Text
 
 
@@ -84,3 +84,9 @@ def test_nothing_to_compare_with_is_one_line():
         with pytest.raises(UserError, match=f"no other {task} is left"):
             row_prompts(names[0], task, range(1), [name.title() for name in names])
         assert row_prompts(names[0], task, range(1), names[2:])["s"][0][0] == names[1]
+
+
+def test_measured_words_are_single_words_in_singular_and_plural():
+    words = measured_words()
+    assert {"cat", "cats", "kitty", "kitties", "antonov", "runway", "person"} <= words
+    assert not any(" " in word for word in words)
