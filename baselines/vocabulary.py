@@ -34,10 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from erasing import Job, Pair, edited, run
 from plumbing import UserError
 from plumbing.disk import parse_json, readable, whole
+from plumbing.drift import edited_rows
 from plumbing.edits import text_hash
 from plumbing.models import model_name
 from plumbing.progress import progress
-from plumbing.prompts import TASKS, measured_words
+from plumbing.prompts import TASKS, measured_words, prompt_of
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ def erase_with_words(pairs: list[Pair], vocabulary: Vocabulary, stay: Tensor, s:
                      also: list[Tensor] = [], named: set[str] = set()) -> tuple[Tensor, dict[str, tuple]]:
     """Δ [D, D], and per pair what `around` finds. stay [rows, D] counts λ1. also: the edited rows [·, D] of
     names or phrases that go, too. named: words that neither go nor stay."""
-    def rows(words) -> Tensor:
-        return vocabulary.rows[[index[word] for word in words]]
+    def rows(words) -> Tensor:                                    # sorted: a set's order changes each time
+        return vocabulary.rows[[index[word] for word in sorted(words)]]
 
     index = {word: i for i, word in enumerate(vocabulary.words)}
     named = named | {word for pair in pairs for word in (pair.concept, pair.anchor)}
@@ -163,10 +164,6 @@ def erase_with_words(pairs: list[Pair], vocabulary: Vocabulary, stay: Tensor, s:
 
 
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
-    def rows_of(name: str) -> Tensor:                             # a phrase of four words stands by itself
-        prompt = TASKS[job.task][0].format(name) if len(name.split()) < 4 else name
-        return job.text(prompt)[0].cpu().double()[job.text.tokenizer.count(prompt):]
-
     job.larger = {"ridge": "lambda2", "stay": "lambda1"}
     file = Path("out/vocabulary") / f"{model_name(job.model_folder)}-{job.task}.safetensors"
     vocabulary = vocabulary_of(job.args.vocabulary or file, job.text, job.model_folder, job.task)
@@ -174,8 +171,9 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     also, keep = ([" ".join(name.lower().split()) for name in names or ()]           # CLIP reads no capitals
                   for names in (job.args.also, job.args.keep))
     n = max(pair.n for pair in job.pairs)
-    stay = torch.cat([job.stay(False)[0], *(rows_of(name) for name in keep)])
-    delta, found = erase_with_words(job.pairs, vocabulary, stay, s, [rows_of(name)[:n] for name in also],
+    go, stay = (edited_rows([prompt_of(name, job.task) for name in some], job.text) for some in (also, keep))
+    delta, found = erase_with_words(job.pairs, vocabulary, torch.cat([job.stay(False)[0], *stay]), s,
+                                    [rows[:n] for rows in go],
                                     {*also, *keep, *(() if s.measured else measured_words())})
     W = edited(job.W0, delta)
     job.clock("closed form")

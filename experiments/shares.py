@@ -20,10 +20,10 @@ from baselines import vocabulary
 from erasing import Pair, make_pairs
 from plumbing import UserError
 from plumbing.cli import BOOK, command_line, parse_settings, program
-from plumbing.drift import drifts, edited_rows, share
+from plumbing.drift import drifts, edited_rows, nearness, share
 from plumbing.models import model_folder
 from plumbing.progress import progress
-from plumbing.prompts import TASKS, book, measured_words, preserved_prompts, use_book
+from plumbing.prompts import book, measured_words, preserved_prompts, prompt_of, use_book
 from plumbing.stats import as_markdown, write_tables
 from realera import Settings, erase_in_closed_form
 from sample import Text
@@ -34,11 +34,6 @@ METHODS = {                     # name -> settings of realera.py, or of vocabula
     "RealEra, as printed": "mining=expected", "RealEra, r' = r": "mining=expected tolerance=same",
     "vocabulary, no contrast": "vocabulary contrast=0 threshold=0.8 measured=false",
     "vocabulary": "vocabulary measured=false", "vocabulary, all words": "vocabulary"}
-
-
-def prompt_of(name: str) -> str:
-    """A name in the task's template; a phrase of four words or more stands by itself."""
-    return TASKS["object"][0].format(name) if len(name.split()) < 4 else name
 
 
 def groups_of(concept: str, words: str, near: dict[str, float]) -> dict[str, list[str]]:
@@ -84,9 +79,9 @@ def main() -> None:
     found: dict[str, list[dict]] = {}
     for concept in progress(classes, "classes", "class"):
         pair = make_pairs(concept, None, "object", text, "tail", 0)[0]
-        stays, e = book()["classes"][concept].get("stay", []), pair.block()
-        near = {name: torch.cosine_similarity(x[:pair.n].flatten(), e[:len(x)].flatten(), dim=0).item()
-                for name, x in zip(stays, edited_rows([prompt_of(name) for name in stays], text))}
+        stays = book()["classes"][concept].get("stay", [])
+        near = {name: nearness(pair, rows) for name, rows in zip(
+            stays, edited_rows([prompt_of(name) for name in stays], text))}
         groups = {group: edited_rows([prompt_of(name) for name in names], text)
                   for group, names in groups_of(concept, args.words, near).items()}
         for name, settings in [*METHODS.items(), *((line, line) for line in args.set)]:

@@ -26,6 +26,12 @@ def edited_rows(prompts: list[str], text) -> list[Tensor]:
     return [e[text.tokenizer.count(prompt):] for prompt, e in zip(prompts, rows)]
 
 
+def nearness(pair, rows: Tensor) -> float:
+    """The cosine of a prompt's edited rows to the concept's, as one long vector of those that both have."""
+    n = min(len(rows), pair.n)
+    return torch.cosine_similarity(rows[:n].flatten(), pair.block()[:n].flatten(), dim=0).item()
+
+
 def share(delta: Tensor, pair, rows: Tensor) -> float:
     """How much of the way from the concept to its anchor a prompt's edited rows e' are moved along:
     ⟨Δe', e* − e⟩/‖e* − e‖². 0: it stays; 1: as far as the anchor is."""
@@ -45,10 +51,7 @@ def surroundings(delta: Tensor, pairs, task: str, text, most: int = 10) -> dict[
         return {}
     rows = dict(zip(names, edited_rows([TASKS[task][0].format(name) for name in names], text)))
     for pair in pairs:
-        near = {}
-        for name in names:
-            n = min(len(rows[name]), pair.n)
-            near[name] = torch.cosine_similarity(rows[name][:n].flatten(), pair.block()[:n].flatten(), dim=0)
+        near = {name: nearness(pair, rows[name]) for name in names}
         near = [name for name in sorted(near, key=near.get, reverse=True)
                 if name not in (pair.concept, pair.anchor)][:most]
         found[str(pair)] = {name: round(share(delta, pair, rows[name]), 3) for name in near}

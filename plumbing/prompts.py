@@ -141,6 +141,11 @@ def doubts(pairs, model: Path, count) -> list[str]:
     return said
 
 
+def prompt_of(name: str, task: str = "object") -> str:
+    """A name in the task's template; a phrase of four words or more stands by itself."""
+    return TASKS[task][0].format(name) if len(name.split()) < 4 else name
+
+
 def nouns(kind: str) -> list[str]:
     """"preserved", what must stay, or "watched", whose drift is told: the book's own list, or ours."""
     return book().get(kind, {"preserved": PRESERVED, "watched": UNRELATED}[kind])

@@ -148,6 +148,17 @@ def test_the_command_says_what_goes_and_takes_the_users_words(here, refused, tmp
             match="a threshold from -1 to 1")
 
 
+def test_words_are_summed_in_one_order_whatever_the_order_of_a_set(vocabulary, cat, text, monkeypatch):
+    """Sets have another order in each process, and sums of another order other bits."""
+    summed = []
+    monkeypatch.setattr(module, "gram_of", lambda rows, times: summed.append(rows) or gram_of(rows, times))
+    named = {*vocabulary.words[::20]}
+    found = erase_with_words([cat], vocabulary, text("")[0].double(), S, named=named)[1]["cat → ground"]
+    out = {*named, "cat", *found[0]} & {*vocabulary.words}
+    for rows, words in zip(summed, (out, found[1]), strict=True):
+        assert torch.equal(rows, vocabulary.rows[[i for i, w in enumerate(vocabulary.words) if w in words]])
+
+
 def test_a_word_that_goes_with_one_concept_is_not_kept_for_another():
     torch.manual_seed(0)
     rows = torch.randn(6, 2, 8).half()
