@@ -29,7 +29,8 @@ from plumbing.cli import (DTYPES, EDIT, Clock, at_least_1, command_line, measuri
                           program)
 from plumbing.disk import readable, whole
 from plumbing.drift import share, text_change
-from plumbing.edits import about_edit, base_hash, cross_attention, erased_by, gram, original, read_edit
+from plumbing.edits import (about_edit, base_hash, cross_attention, erased_by, gram, keys_values, original,
+                            read_edit)
 from plumbing.models import fingerprint, model_folder
 from plumbing.pictures import write_sheet
 from plumbing.prompts import TASKS, book, row_prompts
@@ -93,8 +94,7 @@ def embedding(target: Target) -> dict[str, Tensor]:
 
     White box: both models' cross-attention is needed, but no gradient. Two ridges, relative to G's diagonal.
     """
-    W, W0 = ({name: x for name, x in some.items() if name.endswith((".to_k.weight", ".to_v.weight"))
-              and "attn2" in name} for some in (target.W, target.W0))          # what reads the text
+    W, W0 = keys_values(target.W), keys_values(target.W0)
     G, C = gram(W, W), gram(W, W0)
     e, I = target.model.text([target.prompt])[0].cpu().double(), torch.eye(len(G), dtype=G.dtype)
     size = gram(W0, W0).trace().item() / len(G)
@@ -119,7 +119,7 @@ def mirror(target: Target) -> dict[str, Tensor]:
     s > 1, and leaves e* alone, sends these rows to e where m = 1/(s − 1), see docs/mining.md: that candidate
     takes the weights, the others the text encoder and the anchor's name."""
     pair = make_pairs(target.concept, target.anchor, target.task, target.model.text, "tail", 0)[0]
-    s = share(text_change(cross_attention(target.model.folder), target.W), pair, pair.block())
+    s = share(text_change(keys_values(target.W0), target.W), pair, pair.block())
     found, edited = {}, slice(pair.start_star, pair.start_star + pair.n)
     for m in [1, 2, 3, 5] + [1 / (s - 1)] * (s > 1.05):
         rows = pair.e_star.clone()

@@ -39,11 +39,16 @@ def refuse_weights_alone(method: str, args) -> None:
                         "--export-lora and --preview are about, do not hold that")
 
 
+def keys_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a U-Net's tensors the matrices that read the text, in the order of their names."""
+    return {name: tensors[name] for name in sorted(tensors)
+            if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+
+
 def cross_attention(folder: str | Path) -> dict[str, Tensor]:
     """The matrices that erasure edits, all `attn2.to_k` and `to_v`, by official name, as in the file."""
     path, tensors = read_tensors(Path(folder) / "unet", "diffusion_pytorch_model")
-    tensors = {name: tensor for name, tensor in sorted(tensors.items())
-               if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+    tensors = keys_values(tensors)
     if not tensors:
         raise UserError(f"{path} lacks attn2.to_k.weight: this is not a Stable Diffusion U-Net")
     check_tensors(path, tensors)

@@ -27,7 +27,7 @@ from torch import Tensor
 from plumbing import UserError
 from plumbing.cli import RANK, WORLD
 from plumbing.disk import link, read_json, whole
-from plumbing.edits import base_hash, edit_file
+from plumbing.edits import base_hash, edit_file, keys_values
 from plumbing.models import fingerprint
 from plumbing.pictures import pixels, write_png
 from plumbing.progress import progress
@@ -154,8 +154,8 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
         raise UserError("--batch must be at least 1")
     if any(not 0 <= seed < 2 ** 63 for _, seed in jobs):
         raise UserError("seeds must be at least 0 and below 2 to the 63rd")
-    weights = {name: p.data.float().cpu() for name, p in model.unet.named_parameters()
-               if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+    weights = {name: p.data.float().cpu() for name, p in keys_values(dict(
+        model.unet.named_parameters())).items()}
     settings = {"model": fingerprint(model.folder), "cross-attention": base_hash(weights),
                 "clip": base_hash({"": clip.visual_projection.weight.cpu()}), "steps": steps,
                 "guidance": guidance, "size": model.defaults["size"], "dtype": str(model.dtype)}
