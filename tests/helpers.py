@@ -22,6 +22,7 @@ from plumbing import UserError
 from plumbing.disk import read_json
 from plumbing.prompts import BOOK
 from plumbing.weights import read_config
+from sample import Model
 from unet import UNet
 from vae import VAE
 
@@ -71,6 +72,14 @@ def train_mini(*args, status=0):
 
 
 # ---- tensors ----
+
+def quick_model(steps):
+    """mini/, whose pictures take few steps."""
+    model = Model(MINI)
+    model.defaults["steps"] = steps
+    return model
+
+
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -71,7 +71,8 @@ def test_who_draws_gets_our_methods_functions_and_what_holds_weights_alone_refus
 
 
 @pytest.mark.parametrize("change, match", [({"settings": {"preset": "huge"}}, "preset = weak"),
-                                           ({"settings": {"speed": 1}}, "damaged"), ({"settings": None}, "damaged"),
+                                           ({"settings": {"speed": 1}}, "damaged"),
+                                           ({"settings": None}, "damaged"),
                                            ({"settings": {"scale": "1"}}, "damaged"),
                                            ({"base_hash": "other"}, "another model"),
                                            ({"text_hash": "other"}, "another text encoder")], ids=str)

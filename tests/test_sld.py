@@ -9,10 +9,9 @@ import torch
 
 from baselines import sld
 from baselines.sld import Settings
-from helpers import MINI, edit_json
+from helpers import MINI, edit_json, quick_model
 from plumbing.edits import Edit, read_edit
 from plumbing.results import evaluate
-from sample import Model
 
 PROMPT = ["a photo of the airplane"]
 STRONG = {"preset": "max", "threshold": 0.05, "warmup": 1}
@@ -20,9 +19,7 @@ STRONG = {"preset": "max", "threshold": 0.05, "warmup": 1}
 
 @pytest.fixture(scope="module")
 def model():
-    model = Model(MINI)
-    model.defaults["steps"] = 3
-    return model
+    return quick_model(3)
 
 
 def drawing(model, **settings):
@@ -118,8 +115,9 @@ def test_its_pictures_are_kept_apart_from_the_untouched_models(model, clip, tmp_
     assert len(list(tmp_path.iterdir())) == 3
 
 
-@pytest.mark.parametrize("setting, match", [("preset=huge", "preset = weak, medium"), ("scale=-1", "at least 0"),
-                                            ("beta=2", "beta in 0"), ("threshold=nan", "need|number")])
+@pytest.mark.parametrize("setting, match", [
+    ("preset=huge", "preset = weak, medium"), ("scale=-1", "at least 0"), ("beta=2", "beta in 0"),
+    ("threshold=nan", "need|number")])
 def test_bad_settings_are_one_line(refused, tmp_path, setting, match):
     refused("baselines/sld.py", "--concept", "airplane", "--set", setting, cwd=tmp_path, match=match)
 

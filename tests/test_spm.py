@@ -1,4 +1,4 @@
-"""SPM: adapters that are 0 change no bit, the loss a second way, strength by prompt, and its folder read back."""
+"""SPM: adapters that are 0 change no bit, the loss a second way, strength by prompt, its folder read back."""
 import copy
 import dataclasses
 import json
@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 
 from baselines import spm
 from baselines.spm import Settings, add_adapters, loss_of, merged, rate
-from helpers import MINI, rng
+from helpers import MINI, quick_model, rng
 from plumbing.edits import original, read_edit
 from plumbing.weights import put_weights
-from sample import Model
 
 HAS, SYNONYM, LACKS = "a photo of the airplane", "a photo of the plane", "a photo of the dog"
 FEW = Settings(iterations=1, lr=1e-3, steps=3)
@@ -23,9 +22,7 @@ FEW = Settings(iterations=1, lr=1e-3, steps=3)
 
 @pytest.fixture(scope="module")
 def model():
-    model = Model(MINI)
-    model.defaults["steps"] = 2
-    return model
+    return quick_model(2)
 
 
 def strength_of(text, **settings):
@@ -121,7 +118,8 @@ def test_the_folder_holds_the_change_in_float32_and_the_adapters_that_make_it(fo
     for name, W0 in original(MINI, W).items():
         key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
         up, down = adapters[f"{key}.lora_up.weight"], adapters[f"{key}.lora_down.weight"]
-        assert up.shape[1] == down.shape[0] == adapters[f"{key}.alpha"] == 1 and up.ndim == down.ndim == W0.ndim
+        assert up.shape[1] == down.shape[0] == adapters[f"{key}.alpha"] == 1
+        assert up.ndim == down.ndim == W0.ndim
         change = torch.einsum("or,r...->o...", up.flatten(1), down)
         assert W[name].dtype == torch.float32 and torch.allclose(W[name], W0.float() + change, atol=1e-6)
     assert max((W[name] - W0.float()).abs().max() for name, W0 in original(MINI, W).items()) > 1e-4
@@ -157,7 +155,8 @@ def test_sample_takes_a_strength_and_what_holds_weights_alone_refuses(folder, he
     refused("tools/export.py", "--edit", folder / "a", "--folder", "sd", cwd=tmp_path, match="weights alone")
 
 
-@pytest.mark.parametrize("setting, match", [("preset=huge", "preset = authors or mini"),
-                                            ("rank=0", "rank at least 1"), ("steps=1", "steps in 2"), ("lr=0", "lr and alpha above 0")])
+@pytest.mark.parametrize("setting, match", [
+    ("preset=huge", "preset = authors or mini"), ("rank=0", "rank at least 1"), ("steps=1", "steps in 2"),
+    ("lr=0", "lr and alpha above 0")])
 def test_bad_settings_are_one_line(refused, tmp_path, setting, match):
     refused("baselines/spm.py", "--concept", "airplane", "--set", setting, cwd=tmp_path, match=match)

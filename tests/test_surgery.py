@@ -8,19 +8,16 @@ import torch
 
 from baselines import surgery
 from baselines.surgery import Settings
-from helpers import MINI
+from helpers import MINI, quick_model
 from plumbing.drift import presence
 from plumbing.edits import read_edit
-from sample import Model
 
 HAS, LACKS = "a photo of the airplane", "a photo of the dog"
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = Model(MINI)
-    model.defaults["steps"] = 2
-    return model
+    return quick_model(2)
 
 
 def rows_of(text, concepts=("airplane",), anchors=("",), **settings):
