@@ -10,6 +10,7 @@ from clip_text import CLIPTokenizer
 from helpers import ROOT
 from mini.next import train
 from mini.next.emoji import Book, Icons, compose, scenes
+from mini.next.muon import Muon, orthogonal
 
 NEXT = ROOT / "mini/next"
 
@@ -35,7 +36,7 @@ def data(tmp_path_factory, book):
     return folder
 
 
-def test_the_book_holds_what_its_issue_asks_for(book):
+def test_the_book_holds_what_it_should(book):
     raw = json.loads((NEXT / "captions.json").read_text("utf-8"))
     for word, entry in book.classes.items():
         assert entry["anchor"] in book.scenes
@@ -117,10 +118,10 @@ def test_what_names_the_same_picture_is_nearer():
 def test_a_stage_that_is_cut_in_two_gives_the_uninterrupted_ones_weights(tmp_path):
     def trained(folder, stops):
         torch.manual_seed(0)
-        net = torch.nn.Linear(3, 2)
+        net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
         folder.mkdir(exist_ok=True)
         args = argparse.Namespace(work=folder, minutes=1)
-        run = train.Run("toy", net, 12, 1e-2, 0.01, args, decays=(0.9, 0.5))
+        run = train.Run("toy", net, 12, 1e-2, 0.01, args, decays=(0.9, 0.5), muon=("0.",))
 
         def loss(rng, step):
             if step == stops:
@@ -133,7 +134,49 @@ def test_a_stage_that_is_cut_in_two_gives_the_uninterrupted_ones_weights(tmp_pat
             assert run.train(loss) and run.step == 12
         return run.state()
     whole = trained(tmp_path / "whole", None)
+    assert {"exp_avg.0.weight", "exp_avg_sq.0.bias", "exp_avg_sq.1.weight"} < whole.keys()
+    assert "exp_avg_sq.0.weight" not in whole                     # Muon's
     cut = trained(tmp_path / "cut", 7)
     assert any(not torch.equal(cut[name], whole[name]) for name in whole)
     resumed = trained(tmp_path / "cut", None)
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_momentum_becomes_about_orthogonal_and_keeps_its_directions():
+    G = torch.randn(3, 6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    G *= torch.tensor([1.0, 1e3, 0.1], dtype=torch.float64)[:, None, None]          # its length is moot
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    made = U.mT @ orthogonal(G) @ Vh.mT                           # in G's own directions
+    values = made.diagonal(dim1=1, dim2=2)
+    assert torch.allclose(made, torch.diag_embed(values), atol=1e-9)
+    assert 0.6 < values.min() and values.max() < 1.3              # S itself spreads more
+    assert (S.max(1).values / S.min(1).values).min() > 2
+    X = (G / G.flatten(1).norm(dim=1)[:, None, None])
+    for _ in range(5):                                            # as published, without Gram matrices
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    assert torch.allclose(orthogonal(G), X, rtol=1e-4, atol=1e-6)
+
+
+def test_muon_steps_each_matrix_by_its_own_momentum():
+    """Tall, wide and convolution, also in the layout of channels last, against one matrix at a time."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(4, 9), (9, 4), (4, 9), (5, 2, 3, 3)]
+    W = [torch.randn(shape, generator=rng) for shape in shapes]
+    learnt = [torch.nn.Parameter(w.clone()) for w in W]
+    learnt[3] = torch.nn.Parameter(W[3].clone().to(memory_format=torch.channels_last))
+    muon, M = Muon(learnt, lr=0.1, momentum=0.9, weight_decay=0.5), [torch.zeros_like(w) for w in W]
+    for _ in range(2):
+        grads = [torch.randn(shape, generator=rng) for shape in shapes]
+        for p, g in zip(learnt, grads):
+            p.grad = g.clone(memory_format=torch.preserve_format)
+        muon.step()
+        for i, g in enumerate(grads):
+            M[i] = 0.9 * M[i] + 0.1 * g
+            update = (0.1 * g + 0.9 * M[i]).flatten(1)
+            wide = len(update) <= update.shape[1]
+            step = orthogonal((update if wide else update.T)[None])[0]
+            step = (step if wide else step.T).reshape(g.shape)
+            W[i] = 0.95 * W[i] - 0.1 * 0.2 * max(update.shape) ** 0.5 * step
+    for p, w in zip(learnt, W):
+        assert torch.allclose(p, w, atol=1e-5)

@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))       # our modules lie two folders up
 import clip_text, diffusion, eval_clip, unet, vae  # noqa: E401
 from mini.next.emoji import SIZE, Book, Icons, compose
+from mini.next.muon import Muon
 from plumbing import UserError
 from plumbing.cli import command_line, pick_device
 from plumbing.disk import read_json, readable, whole
@@ -66,21 +67,25 @@ RECIPES = {
 # ---------------------------------------------------------------------------------------- the training loop
 
 class Run:
-    """One stage: the network, AdamW, averages of its weights, the clock, and checkpoints in safetensors.
+    """One stage: the network, its optimizers, averages of its weights, the clock, and checkpoints.
 
-    decays: one average of the weights for each; the first is the one that is used.
+    decays: one average of the weights for each; the first is the one that is used. muon: the modules whose
+    matrices Muon trains; AdamW has the rest.
     """
 
     def __init__(self, stage: str, net: nn.Module, steps: int, lr: float, decay: float, args,
-                 decays: tuple[float, ...] = (0.0,)):
+                 decays: tuple[float, ...] = (0.0,), muon: tuple[str, ...] = ()):
         self.stage, self.net, self.steps, self.lr, self.decays = stage, net, steps, lr, decays
         self.path, self.step, self.minutes = args.work / f"{stage}.safetensors", 0, 0.0
         self.log, self.scores = [], []                            # [step, minutes, loss], [step, score]
         self.averages = [copy.deepcopy(net).requires_grad_(False) for _ in decays]
-        learning = [p for p in net.parameters() if p.requires_grad]
+        inner = {p for n, p in net.named_parameters() if muon and n.startswith(muon) and p.dim() >= 2}
+        learning = [p for p in net.parameters() if p.requires_grad and p not in inner]
         groups = [{"params": [p for p in learning if p.dim() >= 2], "weight_decay": decay},
                   {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+        self.optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)]
+        if inner:
+            self.optimizers.append(Muon([p for p in net.parameters() if p in inner], lr))
         self.deadline = time.monotonic() + 60 * args.minutes
         if self.path.exists():
             with readable(self.path), safe_open(self.path, "pt") as file:
@@ -98,8 +103,9 @@ class Run:
         state = {f"net.{n}": p.detach() for n, p in self.net.named_parameters()}
         for k, average in enumerate(self.averages):
             state |= {f"average{k}.{n}": p for n, p in average.named_parameters()}
-        for p, moments in self.adam.state.items():
-            state |= {f"{k}.{names[p]}": v for k, v in moments.items()}
+        for optimizer in self.optimizers:
+            for p, moments in optimizer.state.items():
+                state |= {f"{k}.{names[p]}": v for k, v in moments.items()}
         return {k: v.contiguous() for k, v in state.items()}
 
     def save(self) -> None:
@@ -113,13 +119,15 @@ class Run:
         with readable(self.path), safe_open(self.path, "pt") as file:
             self.step, self.minutes = int(file.metadata()["step"]), float(file.metadata()["minutes"])
             self.log, self.scores = (json.loads(file.metadata()[name]) for name in ("log", "scores"))
+            kept = set(file.keys())
             for n, p in self.net.named_parameters():
                 p.copy_(file.get_tensor(f"net.{n}"))
-                if p.requires_grad and f"exp_avg.{n}" in file.keys():
-                    self.adam.state[p] = {k: file.get_tensor(f"{k}.{n}").to(p.device)
-                                          for k in ("step", "exp_avg", "exp_avg_sq")}
-                    for k in ("exp_avg", "exp_avg_sq"):           # as the parameter lies in memory
-                        self.adam.state[p][k] = torch.empty_like(p).copy_(self.adam.state[p][k])
+                for optimizer in self.optimizers:
+                    mine = any(p is q for group in optimizer.param_groups for q in group["params"])
+                    for k in ("exp_avg", "exp_avg_sq", "step") if mine else ():
+                        if f"{k}.{n}" in kept:                    # moments: as the parameter lies in memory
+                            value = file.get_tensor(f"{k}.{n}").to(p.device)
+                            optimizer.state[p][k] = value if k == "step" else torch.empty_like(p).copy_(value)
             for k, average in enumerate(self.averages):
                 for n, p in average.named_parameters():
                     p.copy_(file.get_tensor(f"average{k}.{n}"))
@@ -145,17 +153,18 @@ class Run:
         while self.step < self.steps and time.monotonic() < self.deadline:
             done = self.step / self.steps                         # warm-up, hold, fall over the last 40 %
             warm = min(1000, 0.03 * self.steps)
-            for group in self.adam.param_groups:
+            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] = self.lr * min((self.step + 1) / warm, 1, (1 - done) / 0.4 + 1e-3)
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 value = loss(torch.Generator().manual_seed(self.step), self.step)
             if not torch.isfinite(value):
                 raise UserError(f"{self.stage}: the loss became {value.item()} at step {self.step}; "
                                       "the last checkpoint is whole")
-            self.adam.zero_grad()
+            self.net.zero_grad()
             value.backward()
             nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-            self.adam.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self.step += 1
             if self.step % 5 == 0:                                # five steps' share of an average at once
                 with torch.no_grad():
@@ -555,7 +564,8 @@ def train_unet(args, recipe: Recipe) -> bool:
         write_png(args.work / f"unet-{run.step:06}.png", grid(draw(model, words, 6), 12))
         return losses
 
-    run = Run("unet", net, recipe.unet_steps, 8e-4, 0.01, args, decays=(0.9995, 0.998, 0.9999))
+    run = Run("unet", net, recipe.unet_steps, 8e-4, 0.01, args, decays=(0.9995, 0.998, 0.9999),
+              muon=("down_blocks", "mid_block", "up_blocks"))
     finished = run.train(loss, held_out, scores=50)
     write_network(args.out / "unet", "diffusion_pytorch_model.safetensors", run.average,
                   {"_class_name": "UNet2DConditionModel", "act_fn": "silu", **asdict(config)})
