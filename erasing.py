@@ -45,6 +45,7 @@ from plumbing.edits import (DRAWING, Edit, as_filed, base_hash, change, cross_at
 from plumbing.formats import export_pipeline, write_lora
 from plumbing.models import model_folder, model_name
 from plumbing.prompts import TASKS, anchor_of, doubts, names_to_choose, preserved_prompts, watch_all
+from plumbing.report import recorded, write_page
 from sample import Model, Text, draw_each, write_sheets
 
 
@@ -192,9 +193,8 @@ def edited(W0: dict[str, Tensor], delta: Tensor) -> dict[str, Tensor]:
 
 
 def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
-    """Draw with the original and with the edit, n pictures a prompt, from the same seeds, and write
-    before_after.png, and .svg with labels, into the job's folder: a row per prompt, left before, right after.
-    Returns a row per prompt; with what CLIP sees, and prints it, if the model's folder has one."""
+    """Draw before and after, n pictures a prompt from the same seeds, and write before_after.png, and .svg
+    with labels. Returns a row per prompt; with what CLIP sees, and prints it, if the model has one."""
     watched, template = watch_all(job.pairs, job.task), TASKS[job.task][0]
     model, prompts, seeds = job.model, [prompt for _, prompt in watched], [job.seed + i for i in range(n)]
     with lora_off(model.unet):                                    # what it learned is part of W
@@ -254,14 +254,13 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
         if prompts:
             as_filed(W := erase(job, s), folder, job.trained)     # refuses what is not finite
             return preview(text_change(job.W0, W), prompts, job.text)
-        for pair in job.pairs:
-            print(f"{pair}: {pair.n} of {len(pair.e)} rows")
-        with whole_folder(args.out, args.overwrite) as job.folder:
+        print(*(f"{pair}: {pair.n} of {len(pair.e)} rows" for pair in job.pairs), sep="\n")
+        with whole_folder(args.out, args.overwrite) as job.folder, recorded(job.report):
             W, about = save(job, erase(job, s), {"method": method, "settings": dataclasses.asdict(s)})
         job.folder = args.out                                     # from here on nothing can take it away
         print(f"wrote {args.out}/")
-        if W.keys() & job.W0.keys():
-            about["shares"] = say_shares(text_change(job.W0, W), job.pairs, job.task, job.text)
+        delta = text_change(job.W0, W) if W.keys() & job.W0.keys() else None
+        about |= {} if delta is None else {"shares": say_shares(delta, job.pairs, job.task, job.text)}
         if not args.no_pictures:
             for draw in job.later:
                 draw()
@@ -270,7 +269,8 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
         if args.export:
             export_pipeline(args.export, folder, W, about)
             job.clock("pipeline folder")
-        write_report(job.folder, about | job.report | {"seconds": job.clock.seconds})
+        write_report(job.folder, about := about | job.report | {"seconds": job.clock.seconds})
+        write_page(job.folder, about, delta, job.larger)
         print(job.clock)
 
     command_line(main)

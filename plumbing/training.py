@@ -9,6 +9,7 @@ from torch.func import functional_call
 from plumbing import UserError
 from plumbing.formats import matrices_alone
 from plumbing.progress import progress
+from plumbing.report import record
 
 
 def begin(job, names) -> dict[str, Tensor]:
@@ -84,6 +85,7 @@ def descend(params, loss: Callable[[int], Tensor | Iterable[Tensor]], steps: int
     losses = torch.stack(losses).tolist() if losses else []       # asked at last: a GPU is waited for once
     for step, value in enumerate(losses, 1):
         if not math.isfinite(value):
-            what = "NaN" if math.isnan(value) else "infinite"
-            raise UserError(f"the loss became {what} at step {step}: try a smaller lr, or --dtype float32")
+            wrong = "NaN" if math.isnan(value) else "infinite"
+            raise UserError(f"the loss became {wrong} at step {step}: try a smaller lr, or --dtype float32")
+    record(what, losses)
     return losses

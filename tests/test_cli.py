@@ -134,4 +134,5 @@ def test_a_reader_that_goes_away_takes_no_edit_along(tmp_path):
     process.stdout.close()
     said = process.stderr.read().decode()
     assert process.wait() == 0 and "Traceback" not in said and "BrokenPipe" not in said, said
-    assert sorted(path.name for path in tmp_path.glob("edit/*")) == ["erased.safetensors", "run.json"]
+    assert sorted(path.name for path in tmp_path.glob("edit/*")) == [
+        "erased.safetensors", "report.html", "run.json"]

@@ -154,7 +154,8 @@ def test_existing_folder_is_kept_unless_overwrite_is_given(refused, tmp_path):
     (tmp_path / ".out.old/half").write_text("left over")
     run("realera.py", *args, "--overwrite", cwd=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["erased.safetensors", "run.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["erased.safetensors", "report.html",
+                                                                    "run.json"]
 
 
 def test_flags_of_realera_export_what_it_wrote(here, tmp_path):
@@ -164,7 +165,7 @@ def test_flags_of_realera_export_what_it_wrote(here, tmp_path):
     assert same(load_file(tmp_path / "sd" / UNET), load_file(MINI / UNET) | erased)
     assert sorted(path.name for path in out.iterdir()) == [
         "airplane-rank8-diffusers.safetensors", "airplane-rank8-webui.safetensors", "erased.safetensors",
-        "run.json"]
+        "report.html", "run.json"]
     error = json.loads((out / "run.json").read_text())["LoRA error"]
     with safe_open(out / "airplane-rank8-diffusers.safetensors", "pt") as file:
         assert json.loads(file.metadata()["edit"])["error"] == error
@@ -262,7 +263,7 @@ def model():
 def test_a_method_may_change_any_tensor_of_the_unet(own, tmp_path, model, capsys):
     own(CONV, "--no-pictures", "--export", "sd")
     out, base = tmp_path / "out/airplane-conv", original(MINI, ["conv_out.weight", "conv_out.bias"])
-    assert {path.name for path in out.iterdir()} == {"erased.safetensors", "run.json"}
+    assert {path.name for path in out.iterdir()} == {"erased.safetensors", "report.html", "run.json"}
     W = read_edit(out, MINI)
     assert W.keys() == base.keys() and all(torch.equal(W[name], 2 * base[name]) for name in W)
     assert all(W[name].dtype == base[name].dtype and W[name].shape == base[name].shape for name in W)
@@ -301,7 +302,8 @@ def test_a_method_that_changes_how_a_model_draws_leaves_a_report_alone(own, tmp_
     for more in ([], ["--overwrite"]):
         own(GUIDE, "--n", 1, *more)
     out = tmp_path / "out/airplane-conv"
-    assert {path.name for path in out.iterdir()} == {"before_after.png", "before_after.svg", "run.json"}
+    assert {path.name for path in out.iterdir()} == {"before_after.png", "before_after.svg", "report.html",
+                                                      "run.json"}
     assert about_edit(out)["method"] == "Conv"
     with pytest.raises(UserError, match="changes how pictures are drawn"):
         read_edit(out, MINI)

@@ -649,7 +649,7 @@ def edit(tmp_path_factory):
 def test_erasing_writes_the_edit_and_reports(edit):
     out, printed = edit
     assert sorted(p.name for p in out.iterdir()) == ["before_after.png", "before_after.svg",
-                                                     "erased.safetensors",
+                                                     "erased.safetensors", "report.html",
                                                      "residual_lora.safetensors", "run.json"]
     for part in ("cond(B)", "‖ΔW‖/‖W‖", 'drift of ""', "Eq. 8", "Eq. 9", "a photo of the airplane",
                  "seconds:"):

@@ -226,7 +226,7 @@ def work(here, tmp_path_factory):
 def test_the_command_writes_the_edit_of_the_naive_loop_and_reports(work, model):
     out, W0 = work / "out/airplane-rece", doubles(cross_attention(MINI))
     assert sorted(path.name for path in out.iterdir()) == ["before_after.png", "before_after.svg",
-                                                           "erased.safetensors",
+                                                           "erased.safetensors", "report.html",
                                                            "round1.png", "round1.svg", "run.json"]
     about, report = about_edit(out), json.loads((out / "run.json").read_text())
     assert (about["method"], about["start"], about["concepts"], about["anchors"]) == (
@@ -263,7 +263,7 @@ def test_no_rounds_are_the_start_alone_and_the_default_target_is_nothing(here, m
     W = naive_erase(doubles(cross_attention(MINI)), E, E_star, stay, 0.5, 1.0, 1.0)
     assert equals_file(W, tmp_path / "out/airplane-rece")
     assert sorted(path.name for path in (tmp_path / "out/airplane-rece").iterdir()) == [
-        "erased.safetensors", "run.json"]
+        "erased.safetensors", "report.html", "run.json"]
 
 
 @pytest.mark.parametrize("lam, regularizer", [(0.1, "zero"), (50.0, "target")])

@@ -89,7 +89,7 @@ def test_sample_draws_from_the_folder_what_the_command_drew(here, broken, tmp_pa
     here("baselines/sld.py", *flags, "--no-pictures", "--out", "b", cwd=tmp_path)
     here("baselines/sld.py", *flags, "--no-pictures", "--concept", "ship", "--out", "c", cwd=tmp_path)
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
-        "run.json", "before_after.png", "before_after.svg"}
+        "run.json", "before_after.png", "before_after.svg", "report.html"}
     a, b = (json.loads((tmp_path / x / "run.json").read_text("utf-8")) for x in "ab")
     prompts = [row["prompt"] for row in a.pop("table")]
     assert a.pop("seconds") and b.pop("seconds") and a == b
