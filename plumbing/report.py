@@ -145,7 +145,7 @@ def advice(report: dict, larger: dict[str, str], out: Path) -> list[tuple[str, s
     def stronger() -> list[str]:
         if settings.get("reach"):
             return [f"reach={settings['reach'] + 1:g}"]
-        return next((times(name, 2) for name in ("steps", "iterations", "erase") if settings.get(name)), [])
+        return next((times(name, 2) for name in ("iterations", "steps", "erase") if settings.get(name)), [])
 
     drift = numbers.get("median drift of unrelated prompts", 0)
     if drift > 0.15 and (change := times(larger.get("stay", ""), 10)):
