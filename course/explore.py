@@ -42,14 +42,14 @@ from plumbing.pictures import as_png, pixels
 from plumbing.progress import progress
 from plumbing.prompts import book, prompt_of, use_book
 from plumbing.report import as_data, page
+from plumbing.weights import find_weights
 from sample import Model
 
-MOST = 3 * 2 ** 20              # bytes of the page
+MOST, TITLE = 3 * 2 ** 20, "What goes, and what is taken along"         # bytes of the page
 TEMPLATE = Path(__file__).with_name("explorer.html")              # the page's body and script
 
 
-def slider(setting: str, label: str, default: float, says: str, times: tuple = (),
-           plus: tuple = ()) -> dict:
+def slider(setting: str, label: str, default: float, says: str, times=(), plus=()) -> dict:
     """Four values of a setting: the default `times` some factors, or `plus` some differences."""
     values = [default * factor for factor in times] or [round(default + more, 3) for more in plus]
     values = [round(value) for value in values] if isinstance(default, int) else values
@@ -104,11 +104,10 @@ def watched(pair: Pair, text) -> list[tuple[str, str]]:
     names = entry.get("stay") or [name for name in classes if name != pair.concept]
     rows = edited_rows([prompt_of(name) for name in names], text)
     groups = groups_of(pair.concept, "reported", {x: nearness(pair, e) for x, e in zip(names, rows)})
-    if not entry.get("stay"):
-        del groups["near"]
     found = {}                                                    # a name that is in two groups counts once
     for label, group in (("concept", "concept"), ("canary", "canary"), ("synonym", "synonyms"),
-                         ("phrase", "phrases"), ("near", "near"), ("far", "far"), ("class", "other classes")):
+                         ("phrase", "phrases"), ("near", "near" if entry.get("stay") else ""),
+                         ("far", "far"), ("class", "other classes")):
         for name in groups.get(group, []):
             found.setdefault(name, (label, name))
     return [*found.values()]
@@ -125,17 +124,16 @@ def drawn_of(names: list[tuple[str, str]], pair: Pair, text) -> list[tuple[str, 
             for row in [row for row in names if row[0] == group][:most]] + far[:1]
 
 
-def neighbors(method: str, settings: str, pair: Pair, text, words,
-              most: int = 6) -> tuple[list[str], list[Tensor]]:
-    """Some of the neighbors that a state moves, and their edited rows [·, D]: sampled, or words."""
+def neighbors(method: str, settings: str, pair: Pair, text, words) -> tuple[list[str], list[Tensor]]:
+    """Six of the neighbors that a state moves, and their edited rows [·, D]: sampled, or words."""
     if method == "realera":
         s = parse_settings(realera.Settings, settings.split())
-        few, generator = replace(s, M=min(s.M, most)), torch.Generator().manual_seed(pair.seed)
+        few, generator = replace(s, M=min(s.M, 6)), torch.Generator().manual_seed(pair.seed)
         near = realera.neighbor_concepts(pair.block(), pair.block_star(), few, generator)[0]
         return [f"neighbor {i}" for i in range(1, len(near) + 1)], list(near)
     if method == "vocabulary":
         s = parse_settings(vocabulary.Settings, settings.split()[1:])
-        goes = [*vocabulary.around(pair, words, s, {pair.concept, pair.anchor})[0]][:most]
+        goes = [*vocabulary.around(pair, words, s, {pair.concept, pair.anchor})[0]][:6]
         return goes, edited_rows([prompt_of(word) for word in goes], text) if goes else []
     return [], []
 
@@ -244,8 +242,9 @@ def work_file(args, concept: str) -> Path:
     """Where a class's results are kept: the name is a hash of all that they depend on."""
     model = model_folder(args.model)
     clip = model_folder(args.clip, "--clip") if args.clip else model / "clip"
-    asked = [fingerprint(model), fingerprint(clip / "model.safetensors"), book(), [*map(states, methods())],
-             args.n, args.steps]
+    code = [Path(method.__file__).read_text(encoding="utf-8") for method in (realera, vocabulary)]
+    asked = [fingerprint(model), fingerprint(find_weights(clip, "model")), book(), [*map(states, methods())],
+             args.n, args.steps, code]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     return args.work / f"{concept}-{key}.safetensors"
 
@@ -282,8 +281,7 @@ def assemble(files: dict[str, Path], about: dict) -> str:
     for quality in (92, 88, 84, 80, 75, 70, 65, 60, 55, 50, 45, 40, 35, 30):
         for concept in classes:
             classes[concept]["mosaic"] = as_url(mosaics[concept], quality)
-        made = page("What goes, and what is taken along",
-                    body.replace("<!--data-->", as_data(about | {"classes": classes})), script=True)
+        made = page(TITLE, body.replace("<!--data-->", as_data(about | {"classes": classes})), script=True)
         if len(made.encode()) <= MOST:
             print(f"JPEG quality {quality}, {len(made.encode()) / 2 ** 20:.2f} MiB")
             return made
@@ -309,13 +307,14 @@ def main() -> None:
     wanted = args.classes.split(",") if args.classes else [*book()["classes"]]
     if wrong := {*wanted} - book()["classes"].keys():
         raise UserError(f"--classes {min(wrong)}: the book has {', '.join(book()['classes'])}")
+    if args.out.exists() and TITLE not in args.out.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"--out {args.out} exists and is no page of this program: choose another")
     maker, files = None, {concept: work_file(args, concept) for concept in wanted}
     for concept, path in progress(list(files.items()), "page", "concept"):
         if path.exists():
             continue
         maker = maker or Maker(args)
         found, pictures = maker.make(concept)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as temporary:
             save_file({"pictures": pictures}, temporary, {"found": json.dumps(found)})
     guidance = defaults(model_folder(args.model))["guidance"]

@@ -103,6 +103,9 @@ def test_a_second_run_draws_nothing_and_another_setting_does_not_use_it(tiny, he
 def test_bad_flags_are_one_line(refused, tmp_path):
     refused("course/explore.py", "--classes", "cat,unicorn", cwd=tmp_path, match="--classes unicorn")
     refused("course/explore.py", "--n", 0, cwd=tmp_path, match="--n must be at least 1")
+    (tmp_path / "notes.html").write_text("precious")
+    refused("course/explore.py", "--out", "notes.html", cwd=tmp_path, match="exists and is no page")
+    assert (tmp_path / "notes.html").read_text() == "precious"
 
 
 def test_pictures_stand_in_the_mosaic_in_their_order(tiny):
