@@ -76,7 +76,7 @@ def section(title: str, *parts: str) -> str:
 
 
 def inline(*drawings: svg.Drawing) -> str:
-    return f'<div class="wide">{svg.page(*drawings)}</div>\n'
+    return f'<div class="wide">{"".join(map(svg.page, drawings))}</div>\n'
 
 
 def delta_parts(delta: Tensor) -> str:
@@ -163,6 +163,8 @@ def advice(report: dict, larger: dict[str, str], out: Path) -> list[tuple[str, s
             why = f"The synonym “{name}” goes {goes[name]:.2f} of the way: it may still draw the concept."
             if settings.get("M") == 0:
                 say(why, "M=100")
+            elif settings.get("threshold"):                       # of words that go along
+                say(why, f"threshold={settings['threshold'] - 0.1:g}")
             elif change := stronger():
                 say(why, *change)
         if stays and max(stays.values()) > 0.3:
