@@ -114,9 +114,15 @@ def curves_of(losses: dict[str, dict]) -> list[svg.Drawing]:
 
 # ------------------------------------------------------------------------------------------ what to try next
 
+def nameless(word: str) -> str:
+    """A word of a command line without the folders of this machine: "--model=/home/me/sd" -> "--model=sd"."""
+    flag, equals, path = word.rpartition("=")
+    return flag + equals + Path(path).name if Path(path).is_absolute() else word
+
+
 def command(*changes: str, out: Path) -> str:
     """The command as it was typed, with these settings changed and a new folder."""
-    typed, kept = sys.argv[1:], []
+    typed, kept = [*map(nameless, sys.argv[1:])], []
     while typed:
         flag, *typed = typed
         if flag in ("--out", "--export"):
@@ -131,7 +137,7 @@ def command(*changes: str, out: Path) -> str:
 
 def advice(report: dict, larger: dict[str, str], out: Path) -> list[tuple[str, str]]:
     """(why, command): what these numbers suggest. larger: as in Job."""
-    settings, numbers = report.get("settings", {}), report.get("numbers", {})
+    settings, numbers, out = report.get("settings", {}), report.get("numbers", {}), Path(nameless(str(out)))
     found: dict[str, str] = {}                                    # {command: why}, each command once
 
     def say(why: str, *changes: str) -> None:

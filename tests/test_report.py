@@ -126,6 +126,15 @@ def test_advice_follows_from_the_numbers_and_is_a_command(changes, line, monkeyp
     assert command.startswith("python ") and "--overwrite" not in command and "--out out/cat " not in command
 
 
+def test_advice_does_not_say_where_things_lie_on_this_machine(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/far/realera.py", "--concept", "cat", "--model", "/home/me/sd",
+                                      "--book=/home/me/book.json", "--out", "/home/me/out/cat"])
+    found = report.advice(said(numbers={"cond(B)": 1e11}), LARGER, Path("/home/me/out/cat"))
+    assert found[0][1] == ("python realera.py --concept cat --model sd --book=book.json --set lambda2=0.1 "
+                           "--out cat-lambda2-0.1")
+    assert not any("/home" in line for _, line in found) and len(found) == 3
+
+
 def test_data_in_a_script_cannot_end_it():
     text = report.as_data({"a": "</script><!--", "b": [1, 0.5]})
     assert "<" not in text and json.loads(text) == {"a": "</script><!--", "b": [1, 0.5]}
