@@ -16,7 +16,6 @@ import base64
 import hashlib
 import io
 import json
-import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -143,7 +142,8 @@ class Plane:
 
     def __init__(self, rows: list[Tensor]):
         self.n = min(map(len, rows))
-        X, self.mean = self.flat(rows), self.flat(rows).mean(0)
+        X = self.flat(rows)
+        self.mean = X.mean(0)
         self.axes = torch.linalg.svd(X - self.mean, full_matrices=False).Vh[:2]      # [2, n D]
         way = (X[1] - X[0]) @ self.axes.T                         # from concept to anchor: to the right
         self.axes = self.axes * torch.where(way < 0, -1.0, 1.0).to(self.axes)[:, None]

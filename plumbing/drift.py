@@ -58,11 +58,16 @@ def surroundings(delta: Tensor, pairs, task: str, text, most: int = 10) -> dict[
     return found
 
 
+def synonyms_and_near(concept: str, gone: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Of {name: share} the book's synonyms of a concept, and its near things, which must stay."""
+    entry = book()["classes"].get(concept, {})
+    return tuple({name: gone[name] for name in gone if name in entry.get(group, ())}
+                 for group in ("synonyms", "stay"))
+
+
 def warning_of(concept: str, gone: dict[str, float]) -> str:
     """"" or what is wrong with these shares: a name that must stay goes further than a synonym."""
-    entry = book()["classes"].get(concept, {})
-    stays = {name: gone[name] for name in gone if name in entry.get("stay", ())}
-    goes = {name: gone[name] for name in gone if name in entry.get("synonyms", ())}
+    goes, stays = synonyms_and_near(concept, gone)
     if not stays or not goes or max(stays.values()) <= min(goes.values()):
         return ""
     stay, synonym = max(stays, key=stays.get), min(goes, key=goes.get)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plumbing import svg
 from plumbing.disk import whole
+from plumbing.drift import synonyms_and_near
 from plumbing.prompts import book
 
 FRAME = Path(__file__).with_name("page.html")                     # course/explore.html has the same
@@ -160,10 +161,9 @@ def advice(report: dict, larger: dict[str, str], out: Path) -> list[tuple[str, s
         say(f"cond(B) is {numbers['cond(B)']:.1e}: a larger ridge makes the solution steadier.", *change)
     for pair, shares in report.get("shares", {}).items():
         concept = pair.partition(" → ")[0]
-        entry = book()["classes"].get(concept, {})
-        goes = {name: shares[name] for name in shares if name in entry.get("synonyms", ())}
-        stays = {name: share for name, share in shares.items() if name in entry.get("stay", ())
-                 or name in book()["classes"] and name != concept}
+        goes, near = synonyms_and_near(concept, shares)
+        stays = {name: share for name, share in shares.items()
+                 if name in near or name in book()["classes"] and name != concept}
         if goes and min(goes.values()) < 0.6:
             name = min(goes, key=goes.get)
             why = f"The synonym “{name}” goes {goes[name]:.2f} of the way: it may still draw the concept."

@@ -9,8 +9,8 @@ import torch
 
 from baselines import sld
 from baselines.sld import Settings
-from helpers import MINI, edit_json, quick_model
-from plumbing.edits import Edit, read_edit
+from helpers import edit_json, quick_model
+from plumbing.edits import Edit
 from plumbing.results import evaluate
 
 PROMPT = ["a photo of the airplane"]

@@ -119,15 +119,15 @@ class Run:
         with readable(self.path), safe_open(self.path, "pt") as file:
             self.step, self.minutes = int(file.metadata()["step"]), float(file.metadata()["minutes"])
             self.log, self.scores = (json.loads(file.metadata()[name]) for name in ("log", "scores"))
-            kept = set(file.keys())
-            for n, p in self.net.named_parameters():
+            names, kept = {p: n for n, p in self.net.named_parameters()}, set(file.keys())
+            for p, n in names.items():
                 p.copy_(file.get_tensor(f"net.{n}"))
-                for optimizer in self.optimizers:
-                    mine = any(p is q for group in optimizer.param_groups for q in group["params"])
-                    for k in ("exp_avg", "exp_avg_sq", "step") if mine else ():
-                        if f"{k}.{n}" in kept:                    # moments: as the parameter lies in memory
-                            value = file.get_tensor(f"{k}.{n}").to(p.device)
-                            optimizer.state[p][k] = value if k == "step" else torch.empty_like(p).copy_(value)
+            for state, p in ((optimizer.state, p) for optimizer in self.optimizers
+                             for group in optimizer.param_groups for p in group["params"]):
+                for k in ("exp_avg", "exp_avg_sq", "step"):
+                    if f"{k}.{names[p]}" in kept:                 # moments: as the parameter lies in memory
+                        value = file.get_tensor(f"{k}.{names[p]}").to(p.device)
+                        state[p][k] = value if k == "step" else torch.empty_like(p).copy_(value)
             for k, average in enumerate(self.averages):
                 for n, p in average.named_parameters():
                     p.copy_(file.get_tensor(f"average{k}.{n}"))
