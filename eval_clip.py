@@ -311,11 +311,11 @@ def main() -> None:
 
 
 def write_grids(out: Path, model: Model, weights: dict, prompts: list[str], erased: list, args) -> None:
-    """For the eye: a few prompts, four seeds each, as grid.png and, with labels, grid.svg."""
+    """For the eye: a few prompts, at most four seeds each, as grid.png and, with labels, grid.svg."""
     some = list(dict.fromkeys(prompts))
     if {task for _, task in erased} == {"object"}:
         some = list(dict.fromkeys(prompt for name, _ in erased for _, prompt in prompts_to_watch(name)))
-    some, seeds = some[:8 * max(1, len(erased))], range(args.seed, args.seed + 4)
+    some, seeds = some[:8 * max(1, len(erased))], range(args.seed, args.seed + min(args.n, 4))
     drawn = draw_each(model, some, weights, seeds, steps=args.steps, batch=args.batch)
     steps = args.steps or model.defaults["steps"]
     settings = {"steps": steps, "guidance": model.defaults["guidance"], "dtype": args.dtype}

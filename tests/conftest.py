@@ -28,6 +28,7 @@ from eval_clip import judge
 from helpers import AIRPLANE, CLOSED, MINI, SHIP
 from plumbing.cli import command_line
 from sample import Model, Text
+from starts import run
 
 
 def pytest_addoption(parser):
@@ -72,6 +73,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # the longest files first, so that no worker waits for the other at the end
+    items.sort(key=lambda item: item.path.stem not in ("test_lesson", "test_readme", "test_realera"))
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: give --slow to run it"))
@@ -132,6 +135,12 @@ def broken(tmp_path):
     shutil.copytree(MINI, tmp_path / "model",
                     ignore=shutil.ignore_patterns("clip", "work", "*.py", "*.png", "*.md"))
     return tmp_path / "model"
+
+
+@pytest.fixture(scope="session")
+def quick(once):
+    """mini/, linked, whose pictures take one step."""
+    return once("quick", lambda folder: helpers.link_mini(folder, steps=1))
 
 
 @pytest.fixture
@@ -197,10 +206,10 @@ def teapot(once):
 
 
 @pytest.fixture(scope="session")
-def edits(here, once):
+def edits(here, once, quick):
     """Two edits made apart, with LoRAs of different ranks and seeds; and the same closed forms without."""
     def make(folder):
-        few = ["--lora-steps", 1, "--no-pictures", "--set", "trajectories=2", "batch=1"]
+        few = ["--lora-steps", 1, "--no-pictures", "--model", quick, "--set", "trajectories=2", "batch=1"]
         here("realera.py", *AIRPLANE, *few, "--out", "a", cwd=folder)
         here("realera.py", *SHIP, *few, "rank=2", "--seed", 5, "--out", "b", cwd=folder)
         for name, concept in (("a closed", AIRPLANE), ("b closed", SHIP), ("joint", AIRPLANE + SHIP)):
@@ -270,7 +279,8 @@ def trained(data, once):
         return ["--data", data, "--out", root / "model", "--work", root / "work", "--recipe", "tiny"]
 
     def make(root):
-        assert "not finished" in helpers.train_mini(*args(root), "--minutes", 0).stdout
-        (root / "printed").write_text(helpers.train_mini(*args(root)).stdout, encoding="utf-8")
+        first = run("mini/train.py", *args(root), "--minutes", 0, cwd=root)
+        assert "not finished" in first.stdout
+        (root / "printed").write_text(run("mini/train.py", *args(root), cwd=root).stdout, encoding="utf-8")
     root = once("trained", make)
     return root / "model", root / "work", args(root), (root / "printed").read_text(encoding="utf-8")

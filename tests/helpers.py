@@ -4,8 +4,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from plumbing.disk import read_json
 from plumbing.prompts import BOOK
 from plumbing.weights import read_config
 from sample import Model
+from starts import run
 from unet import UNet
 from vae import VAE
 
@@ -39,19 +38,18 @@ CLOSED = ["--lora-steps", "0", "--no-pictures"]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
-def run(script, *args, cwd, status=0, **environment):
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd,
-                          env=ENV | {name: str(value) for name, value in environment.items()},
-                          capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
 def erase(folder, concept):
     run("realera.py", "--concept", concept, "--anchor", "sky", "--lora-steps", 0, "--no-pictures", "--out",
         folder / concept, cwd=folder)
     return folder / concept
+
+
+def link_mini(folder, steps):
+    """mini/, linked into a folder, but for the number of steps."""
+    for path in MINI.iterdir():
+        if path.name != "defaults.json":
+            (folder / path.name).symlink_to(path)
+    (folder / "defaults.json").write_text(json.dumps(read_json(MINI / "defaults.json") | {"steps": steps}))
 
 
 def free_port():
@@ -62,13 +60,6 @@ def free_port():
 
 def no_drawing(*args, **kwargs):
     raise AssertionError("a picture is drawn")
-
-
-def train_mini(*args, status=0):
-    command = [sys.executable, ROOT / "mini/train.py", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    return done
 
 
 # ---- tensors ----

@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 import types
 
 import PIL.Image
@@ -19,13 +17,14 @@ from clip_text import CLIPTextConfig, CLIPTextModel
 from erasing import edited, make_pairs
 from experiments import attack
 from experiments.attack import Target, descend, encode, insert, matching_loss, simplex, straight_through
-from helpers import MINI, ROOT, random
+from helpers import MINI, random
 from plumbing.disk import read_json
 from plumbing.edits import about_edit, cross_attention, read_edit, write_edit
 from plumbing.prompts import ASSOCIATED, BOOK, choices
 from plumbing.weights import put_weights
 from realera import Trajectories
 from sample import Model
+from starts import run
 from unet import UNet, UNetConfig
 
 QUICK = ["--n", 1, "--choose", 1, "--budget", 2, "--seed", 5, "--model", "quick"]
@@ -337,20 +336,14 @@ def test_the_strongest_is_chosen_on_other_seeds_than_it_is_reported_on(model, cl
 # ---- the command ----
 
 @pytest.fixture(scope="module")
-def work(here, tmp_path_factory):
-    """A folder with a `quick` mini/ of one step, two edits, and all attacks on the first as typed."""
+def work(here, quick, tmp_path_factory):
+    """A folder with two edits, and all attacks on the first as typed."""
     folder = tmp_path_factory.mktemp("work")
-    (folder / "quick").mkdir()
-    for path in MINI.iterdir():
-        if path.name != "defaults.json":
-            (folder / "quick" / path.name).symlink_to(path)
-    (folder / "quick/defaults.json").write_text('{"guidance": 3.0, "steps": 1, "size": 32}')
+    (folder / "quick").symlink_to(quick)
     for out, concepts in (("one", ["airplane"]), ("two", ["Airplane", "ship"])):
         what = [part for name in concepts for part in ("--concept", name, "--anchor", "sky")]
         here("realera.py", *what, "--lora-steps", 0, "--no-pictures", "--out", out, cwd=folder)
-    done = subprocess.run([sys.executable, ROOT / "experiments/attack.py", "--edit", "one", *map(str, QUICK)],
-                          cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    done = run("experiments/attack.py", "--edit", "one", *QUICK, cwd=folder)
     (folder / "printed").write_text(done.stdout)
     return folder
 

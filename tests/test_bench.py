@@ -24,9 +24,10 @@ def run(*args, cwd, **more):
 
 # ---- the command ----
 
-def test_a_short_run_prints_and_writes_a_table(tmp_path):
-    done = run("--only", "unet-1", "closed-form-gram", "--runs", 2, "--device", "cpu", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_short_run_prints_and_writes_a_table(here, tmp_path, capsys):
+    here("experiments/bench.py", "--only", "unet-1", "closed-form-gram", "--runs", 2, "--device", "cpu",
+         cwd=tmp_path)
+    printed = capsys.readouterr().out
     product, unet, edit, again = json.loads((tmp_path / "out/bench/mini-cpu.json").read_text())
     best = min(product["ours, ms"][1], again["ours, ms"][1])
     assert product["GFLOP"] == pytest.approx(2 * 2048 ** 3 / 1e9, abs=1e-3)
@@ -39,10 +40,10 @@ def test_a_short_run_prints_and_writes_a_table(tmp_path):
         assert row["floor, ms"] == pytest.approx(
             row["GFLOP"] * best / product["GFLOP"], rel=0.01, abs=0.01)
     table = (tmp_path / "out/bench/mini-cpu.md").read_text()
-    assert table in done.stdout and "| UNet, batch 1 |" in table
+    assert table in printed and "| UNet, batch 1 |" in table
     rows = list(csv.DictReader((tmp_path / "out/bench/mini-cpu.csv").open()))
     assert float(rows[1]["ours, ms"]) == unet["ours, ms"][0]
-    errors = re.search(r"‖ΔW‖: ours (\S+), theirs (\S+)", done.stdout)
+    errors = re.search(r"‖ΔW‖: ours (\S+), theirs (\S+)", printed)
     ours, theirs = map(float, errors.groups())
     assert ours <= 1e-6 <= theirs
 

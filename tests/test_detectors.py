@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import no_drawing, run
+from helpers import no_drawing
 from plumbing import UserError, detectors
 from sample import Model
+from starts import run
 
 DETECTOR = """
 def wide(folder):

@@ -7,9 +7,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from helpers import AIRPLANE, CLOSED, MINI, run
+from helpers import AIRPLANE, CLOSED, MINI
 from plumbing import UserError
 from plumbing.edits import about_edit, base_hash, cross_attention, read_edit, text_hash, write_edit
+from starts import run
 
 
 def test_sample_takes_the_edit_and_refuses_it_for_another_model(edit, broken, tmp_path):

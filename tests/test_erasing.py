@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 import erasing
 import realera
 from erasing import drifts, make_pairs
-from helpers import AIRPLANE, CLOSED, MINI, ROOT, SHIP, UNET, pair, run, same
+from helpers import AIRPLANE, CLOSED, MINI, ROOT, SHIP, UNET, pair, same
 from lora import lora_deltas
 from plumbing import UserError, prompts
 from plumbing.edits import about_edit, cross_attention, original, read_edit
 from plumbing.prompts import UNRELATED
 from plumbing.results import evaluate
 from sample import Model, Text
+from starts import run
 
 
 def test_pair_puts_blocks_where_they_belong():
@@ -298,9 +299,9 @@ def test_an_edit_that_is_not_finite_is_not_written(own, tmp_path, capsys, times)
     assert ("times = nan" if "=" in times else "the edit has NaN or infinity in conv_out") in error
 
 
-def test_a_method_that_changes_how_a_model_draws_leaves_a_report_alone(own, tmp_path):
+def test_a_method_that_changes_how_a_model_draws_leaves_a_report_alone(own, quick, tmp_path):
     for more in ([], ["--overwrite"]):
-        own(GUIDE, "--n", 1, *more)
+        own(GUIDE, "--n", 1, "--model", quick, *more)
     out = tmp_path / "out/airplane-conv"
     assert {path.name for path in out.iterdir()} == {"before_after.png", "before_after.svg", "report.html",
                                                       "run.json"}

@@ -7,9 +7,8 @@ import csv
 import json
 import random
 import re
-import subprocess
-import sys
 import time
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -21,13 +20,14 @@ from torch import nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from eval_clip import CLIP, MEAN, STD, h_o, harmonic, outcomes, summary
-from helpers import (CLASSES, ENV, MINI, OFFICIAL_TEXT, ROOT, TEXTS, edit_json, free_port, near, no_drawing,
-                     norms, random_network, run, shapes, write_vocabulary)
+from helpers import (CLASSES, MINI, OFFICIAL_TEXT, TEXTS, edit_json, free_port, near, no_drawing, norms,
+                     random_network, shapes, write_vocabulary)
 from plumbing.disk import read_json
 from plumbing.prompts import BOOK, row_prompts
 from plumbing.results import Results
 from plumbing.stats import wilson
 from sample import Model
+from starts import run, start
 
 # ---- CLIP ----
 
@@ -274,8 +274,8 @@ def test_a_row_of_table_1_for_the_untouched_and_the_edited_model(evaluated):
     with open(out / "metrics.csv", newline="") as file:
         for row, line in zip(rows, csv.DictReader(file), strict=True):
             assert [float(line[f"H_o{end}"]) for end in ("", " low", " high")] == row["H_o"]
-    width, height = PIL.Image.open(out / "grid.png").size         # 8 prompts, 4 pictures before and 4 after
-    assert width == height and (width - 2) % 8 == 0
+    width, height = PIL.Image.open(out / "grid.png").size         # 8 prompts, 2 pictures before and 2 after
+    assert (width - 2) * 2 == height - 2 and (width - 2) % 4 == 0
 
 
 def test_metrics_follow_from_the_features_that_are_kept(evaluated, clip):
@@ -307,14 +307,14 @@ def kill_midway(starts, out, chance):
     processes = [start() for start in starts]
     try:
         while len(lines_of(out)) <= before or len(list(out.glob("results/*/process*.jsonl"))) < len(starts):
-            assert all(process.poll() is None for process in processes)
+            assert all(process.is_alive() for process in processes)
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.05))
     finally:
         for process in processes:
             process.kill()
-        codes = [process.wait() for process in processes]
-    assert codes == [-9] * len(starts)
+            process.join()
+    assert [process.exitcode for process in processes] == [-9] * len(starts)
 
 
 def test_killed_ten_times_the_same_command_ends_with_the_same_bytes(edit, evaluated, tmp_path):
@@ -322,16 +322,12 @@ def test_killed_ten_times_the_same_command_ends_with_the_same_bytes(edit, evalua
     out, chance, seen = tmp_path / "out", random.Random(0), set()
     args = ["--edit", edit, *SMALL, "--out", out]
 
-    def start(**more):
-        return lambda: subprocess.Popen([sys.executable, ROOT / "eval_clip.py", *map(str, args)],
-                                        cwd=tmp_path, env=ENV | more, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL)
-
     for i in range(10):
-        group = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(free_port())}
-        kill_midway([start(RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
-                    if i % 4 == 0 else [start()], out, chance)
+        group = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": free_port()}
+        kill_midway([partial(start, "eval_clip.py", *args, cwd=tmp_path, **more) for more in
+                     ([group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(2)]
+                      if i % 4 == 0 else [{}])], out, chance)
         assert seen < lines_of(out)
         seen = lines_of(out)
         if i == 5:

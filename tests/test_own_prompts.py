@@ -8,11 +8,12 @@ import PIL.Image
 import pytest
 import torch
 
-from helpers import CLASSES, no_drawing, run
+from helpers import CLASSES, no_drawing
 from plumbing import UserError, own_prompts
 from plumbing.own_prompts import read_prompts
 from plumbing.prompts import book
 from sample import Model
+from starts import run
 
 CSV = """\ufeffprompt,seed,evaluation_seed,class,case
 a photo of the cat,3,3.0, cat ,17

@@ -1,10 +1,9 @@
 """From Python, in a folder of one's own: Model("mini"), draw, erase_with, show; as in a notebook."""
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
+
+from starts import run
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = """
@@ -43,9 +42,7 @@ assert (model.draw("a photo of the dog", steps=2) - picture).abs().max() > 1e-3
 
 def test_a_notebook_in_another_folder_erases_and_shows(here, tmp_path):
     (tmp_path / "notebook.py").write_text(NOTEBOOK.format(root=str(ROOT)), encoding="utf-8")
-    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True,
-                          encoding="utf-8", env=os.environ | {"PYTHONPATH": "", "PYTHONUTF8": "1"})
-    assert done.returncode == 0, done.stderr
+    run(tmp_path / "notebook.py", cwd=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "closed.safetensors", "notebook.py", "shown.svg"]
     here("realera.py", "--concept", "dog", "--anchor", "ground", "--no-pictures", "--set", "M=20",

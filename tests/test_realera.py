@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import realera
 from erasing import drifts, edited, make_pairs
-from helpers import AIRPLANE, CLASSES, MINI, QUICK, ROOT, SHIP, pair, rng, run, same_pictures
+from helpers import AIRPLANE, CLASSES, MINI, QUICK, ROOT, SHIP, pair, rng, same_pictures
 from lora import add_lora, lora_layers
 from plumbing import UserError
 from plumbing.disk import read_json
@@ -30,6 +30,7 @@ from plumbing.prompts import BOOK, PRESERVED, UNRELATED, preserved_prompts
 from realera import (Settings, Trajectories, align_noise, beyond_concepts, closed_form, erase_in_closed_form,
                      neighbor_concepts, noise_alignment_loss, original, radius_at, towards_noise)
 from sample import Model, Text
+from starts import run
 from unet import UNet
 
 S = Settings()
@@ -639,10 +640,10 @@ def pixels(path):
 
 
 @pytest.fixture(scope="module")
-def edit(tmp_path_factory):
+def edit(quick, tmp_path_factory):
     """An erasure with two LoRA steps, made once."""
     folder = tmp_path_factory.mktemp("edit")
-    done = run("realera.py", "--concept", "airplane", "--anchor", "sky", *QUICK, cwd=folder)
+    done = run("realera.py", *AIRPLANE, *QUICK, "--model", quick, cwd=folder)
     return folder / "out/airplane", done.stdout
 
 

@@ -1,7 +1,5 @@
 """RECE: the one-matrix algebra against the authors' loop over layers, and the command as typed by a user."""
 import json
-import subprocess
-import sys
 import types
 
 import numpy as np
@@ -12,11 +10,12 @@ from safetensors.torch import load_file
 
 import rece
 from erasing import Pair, edited
-from helpers import AIRPLANE, MINI, ROOT, random
+from helpers import AIRPLANE, MINI, random
 from plumbing import UserError
 from plumbing.edits import about_edit, cross_attention, gram, read_edit, write_edit
 from rece import Settings, derive, erase_rows, iterate, regained
 from sample import Model
+from starts import run
 
 D, I = 8, torch.eye(8, dtype=torch.float64)
 
@@ -206,18 +205,12 @@ def equals_file(W, folder):
 
 
 @pytest.fixture(scope="module")
-def work(here, tmp_path_factory):
-    """A folder with a `quick` mini/ of two steps, and RECE of the airplane as a user makes it, in out/."""
+def work(here, quick, tmp_path_factory):
+    """A folder with RECE of the airplane as a user makes it, in out/."""
     folder = tmp_path_factory.mktemp("work")
-    (folder / "quick").mkdir()
-    for path in MINI.iterdir():
-        (folder / "quick" / path.name).symlink_to(path)
-    (folder / "quick/defaults.json").unlink()
-    (folder / "quick/defaults.json").write_text('{"guidance": 3.0, "steps": 2, "size": 32}')
+    (folder / "quick").symlink_to(quick)
     args = [*AIRPLANE, "--rounds", 1, "--n", 1, "--model", "quick"]
-    done = subprocess.run([sys.executable, ROOT / "rece.py", *map(str, args)], cwd=folder,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run("rece.py", *args, cwd=folder)
     (folder / "printed").write_text(done.stdout)
     here("realera.py", *AIRPLANE, "--lora-steps", 0, "--no-pictures", "--out", "realera", cwd=folder)
     return folder

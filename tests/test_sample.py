@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusion import guided
-from helpers import MINI, edit_json, edit_tensors, run, same_pictures
+from helpers import MINI, edit_json, edit_tensors, same_pictures
 from plumbing import UserError
 from plumbing.edits import cross_attention
 from sample import Model, Text
+from starts import run
 
 
 @pytest.fixture(scope="module")

@@ -16,26 +16,37 @@ import torch
 import realera
 from erasing import make_pairs
 from experiments import tables
-from helpers import CLASSES, ENV, MINI, ROOT, free_port, run
+from helpers import CLASSES, ENV, MINI, ROOT, free_port
 from plumbing import making
 from plumbing.disk import read_json
 from plumbing.prompts import BOOK, preserved_prompts
 from sample import Text
+from starts import finished, start
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_one_two_and_three_processes_write_the_same_bytes(tmp_path):
+def test_one_two_and_three_processes_write_the_same_bytes(here, tmp_path, monkeypatch):
     args = ["--table", 3, "--n", 1, "--steps", 1, "--set", "lora_steps=0", "--batch", 8, "--device", "cpu",
             "--out"]
-    run("experiments/tables.py", *args, "1", cwd=tmp_path)
-    for n in (2, 3):
-        shutil.copytree(tmp_path / "1/edits", tmp_path / f"{n}/edits")
-        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", n, "--master-port", free_port(), "--"]
-        command = [sys.executable, *map(str, [*torchrun, ROOT / "experiments/tables.py", *args, n])]
-        done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(f"wrote {n}/") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(making.subprocess, "run", finished)
+        here("experiments/tables.py", *args, "1", cwd=tmp_path)
+    for n in "23":
+        shutil.copytree(tmp_path / "1/edits", tmp_path / n / "edits")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), "--"]
+    command = [sys.executable, *map(str, [*torchrun, ROOT / "experiments/tables.py", *args, 2])]
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote 2/") == 1
+    group = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": free_port()}                          # what torchrun sets
+    started = [start("experiments/tables.py", *args, "3", cwd=tmp_path, out=tmp_path / f"out{rank}",
+                     RANK=rank, LOCAL_RANK=rank, **group) for rank in range(3)]
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0, 0]
+    assert [(tmp_path / f"out{rank}").read_text("utf-8").count("wrote 3/") for rank in range(3)] == [1, 0, 0]
     files = sorted(p.relative_to(tmp_path / "1") for p in (tmp_path / "1").glob("results/*/results.jsonl"))
     assert len(files) == 4                                        # without LoRA steps, variants 1 and 2 agree
     for n in "23":
