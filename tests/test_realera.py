@@ -577,15 +577,15 @@ class Waits(TorchDispatchMode):
         return found
 
 
-def test_no_step_of_drawing_or_training_waits_for_the_gpu(model):
+def test_no_step_of_drawing_or_training_waits_for_the_gpu(tiny):
     def waits(run, *args):
         with Waits() as found:
             run(*args)
         return found.count
 
-    there, s, W0 = Model(Path(MINI), "meta"), realera.Settings(lora_steps=2, batch=2), cross_attention(MINI)
-    pairs = make_pairs(["airplane"], ["sky"], "object", model.text, s.rows, 0)
-    way = pairs[0].e_star, torch.zeros(32, 256), 0, s.trajectories
+    there, s, W0 = Model(tiny, "meta"), realera.Settings(lora_steps=2, batch=2), cross_attention(tiny)
+    pairs = make_pairs(["airplane"], ["sky"], "object", Text(tiny), s.rows, 0)
+    way = pairs[0].e_star, torch.zeros_like(pairs[0].e_star), 0, s.trajectories
     there.defaults["steps"] = 3
     assert waits(there.draw, PROMPT, [1]) == 3                    # ids, noise; the picture
     assert waits(there.trajectories, *way) == 2                   # rows, noise
@@ -712,11 +712,11 @@ def test_same_seed_same_bytes_and_the_order_of_concepts_is_moot(tmp_path):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_low_memory_erases_to_the_same_bytes(tmp_path, monkeypatch):
+def test_low_memory_erases_to_the_same_bytes(quick, tmp_path, monkeypatch):
     """The teacher's matrices are in place while it predicts, not while the student's blocks run again."""
     monkeypatch.chdir(tmp_path)
     flags = ["--concept", "airplane", "--anchor", "sky", "--no-pictures", "--lora-steps", "2",
-             "--device", "cpu", "--set", "trajectories=2", "batch=2"]
+             "--device", "cpu", "--model", str(quick), "--set", "trajectories=2", "batch=2"]
     for out, more in (("a", []), ("b", ["--low-memory"])):
         monkeypatch.setattr(sys, "argv", ["realera.py", *flags, "--out", out, *more])
         runpy.run_path(str(ROOT / "realera.py"), run_name="__main__")
@@ -726,7 +726,7 @@ def test_low_memory_erases_to_the_same_bytes(tmp_path, monkeypatch):
 
 def test_erasing_from_sd_2_1(sd21, here, tmp_path, capsys):
     """Closed form and LoRA, of a network that predicts v; what they write means the same in diffusers."""
-    here("realera.py", *AIRPLANE, "--model", sd21, *QUICK, "--out", "edit", cwd=tmp_path)
+    here("realera.py", *AIRPLANE, "--model", sd21, *QUICK, "--no-pictures", "--out", "edit", cwd=tmp_path)
     printed = capsys.readouterr().out
     assert "Eq. 8" in printed and "Eq. 9" in printed
     edit, W0 = load_file(tmp_path / "edit/erased.safetensors"), cross_attention(sd21)

@@ -144,9 +144,9 @@ def test_the_sweep_says_how_far_each_group_goes_along(monkeypatch):
         for group, names in zip(expected, ([name], entry["synonyms"], entry["associated"], others)):
             shares = []
             for prompt in (f"a picture of the {name}" for name in names):
-                last, along, length = text.tokenizer.count(prompt), 0.0, 0.0
+                last, rows, along, length = text.tokenizer.count(prompt), text([prompt])[0].double(), 0.0, 0.0
                 for i in range(min(len(e), 32 - last)):
-                    moved = delta @ text([prompt])[0, last + i].double()
+                    moved = delta @ rows[last + i]
                     along += (moved @ (e_star[i] - e[i])).item()
                     length += (e_star[i] - e[i]).square().sum().item()
                 shares.append(along / length)
