@@ -74,6 +74,12 @@ def test_captions_compose(book):
 def test_pictures_hold_the_icon_on_its_scene(data, book):
     icons = Icons(data, book)
     assert len(icons.which) == len(book.things) + -(-len(book.things) // 2)
+    rest = {h for h, thing in book.things.items() if not thing.get("drawn", True)}
+    assert [h in rest for h, _ in icons.which] == (~icons.drawn).tolist()
+    assert len(book.things) - len(rest) >= 250 and not any("class" in book.things[h] for h in rest)
+    near = {name for entry in book.classes.values() for name in entry["stay"] + [entry["far"]]}
+    assert not near & {book.things[h]["names"][0] for h in rest} - {
+        thing["names"][0] for h, thing in book.things.items() if h not in rest}
     x, which, scene = compose(icons, 64, torch.Generator().manual_seed(0))
     again, *_ = compose(icons, 64, torch.Generator().manual_seed(0))
     assert torch.equal(x, again) and x.shape == (64, 3, 64, 64) and 0 <= x.min() and x.max() <= 1

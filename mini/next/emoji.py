@@ -88,7 +88,7 @@ class Book:
 
 class Icons:
     """All emoji of the book in all sets. rgba [N, 4, 64, 64] uint8, colours times opacity; which[i]: (emoji,
-    set); weight [N]: how often each is shown."""
+    set); weight [N]: how often each is shown; drawn [N]: whether the U-Net and CLIP learn it, too."""
 
     def __init__(self, folder: Path, book: Book):
         from PIL import Image                                     # training alone reads PNG files
@@ -106,6 +106,7 @@ class Icons:
         near = {n for c in book.classes.values() for n in c["stay"] + c["disputed"]}
         many = {c: sum(book.things[h].get("class") == c for h, _ in self.which) for c in book.classes}
         self.weight = torch.tensor([self.share(book.things[h], near, many) for h, _ in self.which])
+        self.drawn = torch.tensor([book.things[h].get("drawn", True) for h, _ in self.which])
         self.kind = torch.tensor([book.kinds.index(book.things[h]["scenes"]) for h, _ in self.which])
 
     @staticmethod

@@ -475,7 +475,8 @@ class Latents:
         while (k := len(self.z) // self.block) < self.FIRST + step // self.EVERY:
             path = self.folder / f"{k:04}.safetensors"
             if not path.exists():
-                x, which, scene = compose(self.icons, self.block, torch.Generator().manual_seed(k))
+                x, which, scene = compose(self.icons, self.block, torch.Generator().manual_seed(k),
+                                          self.icons.weight * self.icons.drawn)
                 with whole(path) as temporary:
                     z = self.encode(x).half().cpu().contiguous()
                     save_file({"z": z, "which": which, "scene": scene}, temporary)
@@ -505,7 +506,7 @@ def train_unet(args, recipe: Recipe) -> bool:
     weight = (snr.clamp(max=5) / snr).to(args.device)             # min-SNR-5 for ε (Hang et al. 2023)
     T = scheduler.config.num_train_timesteps
     size = sum(p.numel() for p in net.parameters())
-    print(f"unet: {len(icons.which)} icons, {size / 1e6:.1f} M parameters")
+    print(f"unet: {icons.drawn.sum()} icons, {size / 1e6:.1f} M parameters")
 
     @torch.no_grad()
     def read(captions: list[str]) -> Tensor:
@@ -546,7 +547,7 @@ def train_unet(args, recipe: Recipe) -> bool:
         return torch.cat(pictures).cpu().clamp(0, 1)
 
     rng = torch.Generator().manual_seed(10 ** 6)                  # held-out compositions with their captions
-    x, which, scene = compose(icons, 256, rng)
+    x, which, scene = compose(icons, 256, rng, icons.weight * icons.drawn)
     held_captions = [book.caption_of(icons, w, s, rng) for w, s in zip(which.tolist(), scene.tolist())]
     held_z, held_noise = latents.encode(x), torch.randn(256, 4, 16, 16, generator=rng).to(args.device)
     held_t = torch.linspace(0, T - 1, 256).long().to(args.device)
@@ -592,7 +593,7 @@ def train_clip(args, recipe: Recipe) -> bool:
     book = Book()
     icons = Icons(args.data, book)
     kept = torch.rand(len(icons.which), generator=torch.Generator().manual_seed(0)) < 0.05
-    weight = icons.weight * ~kept                                 # one icon in twenty is never seen
+    weight = icons.weight * icons.drawn * ~kept                   # one icon in twenty is never seen
     tokenizer = clip_text.CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     text = clip_text.CLIPTextModel.from_pretrained(args.out / "text_encoder")
     width = recipe.vision_width
@@ -627,7 +628,7 @@ def train_clip(args, recipe: Recipe) -> bool:
 
     x, which, _ = compose(icons, 1000, torch.Generator().manual_seed(10 ** 6), weight)
     x, which = x[which >= 0], which[which >= 0]
-    own = sorted({t["names"][0] for t in book.things.values()})
+    own = sorted({t["names"][0] for t in book.things.values() if t.get("drawn", True)})
 
     def right(model: eval_clip.CLIP) -> float:                    # zero-shot top-1 among all things
         with torch.no_grad():
