@@ -18,7 +18,7 @@ if any(arg.startswith(("--model", "--device")) for arg in sys.argv):
     os.environ["OWN_MODEL"] = "1"                                 # for xdist's workers, which see no flag
 OWN_MODEL = "OWN_MODEL" in os.environ                             # test_parity.py alone: all threads and GPUs
 if not OWN_MODEL:
-    os.environ.update(OMP_NUM_THREADS="1",                        # pytest.ini starts two workers
+    os.environ.update(OMP_NUM_THREADS="1",                        # the tests run side by side
                       CUDA_VISIBLE_DEVICES="")                    # bytes and tolerances are a CPU's
 pytest.register_assert_rewrite("helpers")
 from safetensors.torch import load_file

@@ -26,7 +26,7 @@ def test_mini_is_small_and_safe():
 
 
 def test_mini_draws_what_it_is_asked_for_and_not_what_was_erased(model):
-    """The README's results in small: 4 pictures a class; then 8 of the erased one, closed form only."""
+    """The README's results in small: 2 pictures a class; then 8 of the erased one, closed form only."""
     book = json.loads((MINI / "captions.json").read_text())
     names = [*book["classes"], *book["scenes"]]
     clip = CLIP.from_pretrained(MINI / "clip")
@@ -34,9 +34,9 @@ def test_mini_draws_what_it_is_asked_for_and_not_what_was_erased(model):
     def top1(pictures):
         return clip.classify(pictures, [f"a photo of the {name}" for name in names]).argmax(1)
 
-    prompts = [f"a photo of the {name}" for name in names[:10] for _ in range(4)]
-    seen = top1(model.draw(prompts, [0, 1, 2, 3] * 10, steps=12))
-    assert (seen == torch.arange(10).repeat_interleave(4)).float().mean() >= 0.8
+    prompts = [f"a photo of the {name}" for name in names[:10] for _ in range(2)]
+    seen = top1(model.draw(prompts, [0, 1] * 10, steps=12))
+    assert (seen == torch.arange(10).repeat_interleave(2)).float().mean() >= 0.8
     pairs = make_pairs(["airplane"], ["sky"], "object", model.text, "tail", 0)
     stay, W0 = model.text(preserved_prompts("object", pairs)), cross_attention(MINI)
     delta, _ = realera.erase_in_closed_form(pairs, stay, realera.Settings())
