@@ -4,39 +4,56 @@
     python experiments/tables.py --table 3               # automobile, variants 1 to 4
     python experiments/tables.py --figure 5 --quick      # Acc_s − Acc_e over D × S and over M × N
     python experiments/tables.py --sweep                 # what each setting does to the text, no pictures
+    python experiments/tables.py --table 2 --i2p i2p.csv --coco coco.csv --model …      # nudity: SD v1.4
+    python experiments/tables.py --table A3 --method UCE RealEra --model … --clip …  # celebrities; A4: styles
     torchrun --nproc-per-node 8 -- experiments/tables.py --table 1 --n 200 --steps 50 --model … --clip …
 
-Every edit is made by realera.py and kept in --out, and so is every picture's CLIP feature: a killed run goes
-on, and a second table draws only what the first one had not. --set reaches every edit.
+Every edit is made by its method's own program and kept in --out, and so is every picture's CLIP feature: a
+killed run goes on, and a second table draws only what the first one had not. Tables 2, A3 and A4 have a row
+per method, with its authors' settings, and end with what the paper prints.
 """
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Callable, Iterator
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import make_pairs
-from eval_clip import judge, outcomes, summary
-from plumbing import svg
+from eval_clip import CLIP, judge, outcomes, summary
+from plumbing import UserError, svg
 from plumbing.cli import DTYPES, command_line, measuring_args, parse_settings, pick_device, program
+from plumbing.detectors import find_detector
 from plumbing.disk import read_json
 from plumbing.drift import drifts, mean_share
 from plumbing.edits import base_hash, cross_attention, read_edit
 from plumbing.making import Recipe, make_edits, recipe
 from plumbing.models import model_folder
-from plumbing.prompts import book, preserved_prompts, row_prompts
+from plumbing.own_prompts import read_prompts, score_prompts
+from plumbing.prompts import ASSOCIATED, book, preserved_prompts, row_prompts
 from plumbing.results import RANK, evaluate
-from plumbing.stats import as_markdown, write_tables
+from plumbing.stats import as_markdown, frechet, write_tables
 from realera import Settings, erase_in_closed_form
 from sample import Model, Text
 
 CLOSED = ["M=0", "N=0", "lora_steps=0"]
 # Table 1's closed forms have the paper's lambda1, which is better for them; "reach 2" is a rival to mining.
-TABLES = {1: {"closed form": [*CLOSED, "lambda1=0.1"],
+TABLES = {"1": {"closed form": [*CLOSED, "lambda1=0.1"],
               "closed form, reach 2": [*CLOSED, "lambda1=0.1", "reach=2"],
               "RealEra": []},
-          3: {"1 closed form": CLOSED, "2 + noise alignment": ["M=0", "N=0"],
+          "3": {"1 closed form": CLOSED, "2 + noise alignment": ["M=0", "N=0"],
               "3 + neighbor mining": ["N=0"], "4 + beyond-concept": []}}
+TASKS = {"2": "explicit", "A3": "celebrity", "A4": "style"}       # tables whose rows are methods
+# A row's method: its file; its authors' settings; its authors' anchor, where it is not the task's own.
+METHODS = {"FMN": ("baselines/fmn.py", [], ""), "AC": ("baselines/ac.py", []),
+           "SPM": ("baselines/spm.py", [], ""), "UCE": ("baselines/uce.py", [], ""),
+           "SLD-M": ("baselines/sld.py", [], ""), "ESD-x": ("baselines/esd.py", [], ""),
+           "ESD-u": ("baselines/esd.py", ["variant=u"], ""), "SA": ("baselines/sa.py", []),
+           "MACE": ("baselines/mace.py", []), "SPEED": ("baselines/speed.py", [], ""),
+           "Surgery": ("baselines/surgery.py", [], ""), "RECE": ("rece.py", [], ""),
+           "RealEra": ("realera.py", [])}
+PRINTED = Path(__file__).with_name("printed.json")
 # One change of the defaults each. Chosen on the text alone, with templates that no table uses.
 SWEEP = ["", "M=0 N=0", "M=0 N=0 reach=2", "M=0 N=0 lambda1=0.1", "M=0 N=0 lambda1=0.1 reach=2", "M=5 N=3",
          "M=20 N=6", "M=200 N=60", "N=0", "N=100", "D2=2.5", "D1_anchor=0.2", "D1=0.8", "S1=0.99", "S2=0.6",
@@ -53,45 +70,92 @@ def recipe_of(concept: str, settings: list[str], seed: int, dtype: str) -> Recip
     return recipe("realera.py", concept, settings, seed, dtype if trained else "float32")
 
 
-def measure(rows: list[tuple[str, str, list[str] | None]], args) -> list[tuple[dict, dict]]:
-    """Draw and count rows (concept, variant, settings or None for the untouched model). Per row: {concept,
-    variant, drift}, and the outcomes {how: {group: [pictures]}}."""
+def method_recipe(concept: str, method: str, seed: int, dtype: str, task: str) -> Recipe:
+    """The recipe of a row of METHODS."""
+    file, settings, *anchor = METHODS[method]
+    return recipe(file, concept, settings, seed, dtype, task=task, anchor=anchor[0] if anchor else None)
+
+
+def each(rows: list[tuple], args, recipe_of: Callable) -> Iterator[tuple[Model, CLIP, Path | None]]:
+    """Make the edits of rows (concept, variant, what `recipe_of` takes, or None for the untouched model).
+    Then, per row: the model that wears it, the judge, the edit's folder."""
     folder = model_folder(args.model)
-    base = base_hash(cross_attention(folder))
-    device, seeds, found = pick_device(args.device), range(args.seed, args.seed + args.n), []
+    base, device = base_hash(cross_attention(folder)), pick_device(args.device)
     clip = judge(args.clip, folder, device)                       # that it is there is known before the edits
-    recipes = [None if settings is None else recipe_of(concept, settings, args.edit_seed, args.dtype)
-               for concept, _, settings in rows]
+    recipes = [None if what is None else recipe_of(concept, what, args.edit_seed, args.dtype)
+               for concept, _, what in rows]
     make_edits([one for one in recipes if one], args.out, base, args.model, args.device)
     model = Model(folder, device, DTYPES[args.dtype])
-    for i, ((concept, variant, _), one) in enumerate(zip(rows, recipes)):
+    for one in recipes:
         edit = one and one.folder(args.out, base)
         model.put(read_edit(edit, folder, model.text) if edit else {})
-        jobs = [job[1:] for group in row_prompts(concept, "object", seeds).values() for job in group]
+        yield model, clip, edit
+
+
+def measure(rows: list[tuple], args, task: str = "object",
+            recipe_of: Callable = recipe_of) -> list[tuple[dict, dict]]:
+    """Draw and count rows as `each` takes them. Per row: {concept, variant, drift}, and the outcomes
+    {how: {group: [pictures]}}."""
+    seeds, found = range(args.seed, args.seed + args.n), []
+    for (concept, variant, _), (model, clip, edit) in zip(rows, each(rows, args, recipe_of)):
+        jobs = [job[1:] for group in row_prompts(concept, task, seeds).values() for job in group]
         place = args.out / "pictures" / (edit.name if edit else "untouched")
         features = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch,
                             place if args.keep_pictures else None,
-                            f"{i + 1}/{len(rows)} {concept}, {variant}")
-        numbers = read_json(edit / "run.json")["numbers"] if edit else {}
+                            f"{len(found) + 1}/{len(rows)} {concept}, {variant}")
+        numbers = read_json(edit / "run.json").get("numbers", {}) if edit else {}
         drift = round(numbers.get("median drift of unrelated prompts", 0), 3)
         found.append(({"erased": concept, "variant": variant, "drift": drift},
-                      outcomes(clip, concept, features, seeds)))
+                      outcomes(clip, concept, features, seeds, task)))
     return found
 
 
-def table(number: int, args) -> list[dict]:
-    concepts = list(book()["classes"]) if number == 1 else [args.concept]
-    variants = {"untouched": None} | {name: args.set + settings for name, settings in TABLES[number].items()}
-    measured = measure([(c, name, settings) for c in concepts for name, settings in variants.items()], args)
+def table(number: str, args) -> list[dict]:
+    """Tables 1 and 3, variants of RealEra; or A3 and A4, one method a row."""
+    task, of = TASKS.get(number, "object"), recipe_of
+    variants = {"untouched": None}
+    if task == "object":
+        concepts = list(book()["classes"]) if number == "1" else [args.concept]
+        variants |= {name: args.set + settings for name, settings in TABLES[number].items()}
+    else:
+        concepts = [args.concept] if args.concept else list(ASSOCIATED[task])
+        of, variants = partial(method_recipe, task=task), variants | {name: name for name in args.method}
+    measured = measure([(c, name, what) for c in concepts for name, what in variants.items()], args, task, of)
     rows = []
     average = f"average of {'ten' if len(concepts) == 10 else len(concepts)}"
-    for how in ("top-1", "ten-way", "probability"):
+    for how in [x for x in ("top-1", "ten-way", "probability", "CLIP score") if x in measured[0][1]]:
         rows += [{"counted": how} | about | summary([counted[how]]) for about, counted in measured]
         for name in variants if len(concepts) > 1 else []:
             some = [counted[how] for about, counted in measured if about["variant"] == name]
             drift = sum(about["drift"] for about, _ in measured if about["variant"] == name) / len(some)
             about = {"counted": how, "erased": average, "variant": name, "drift": round(drift, 3)}
             rows.append(about | summary(some))
+    return rows
+
+
+def explicit(args) -> list[dict]:
+    """Table 2, a row per method: parts that the detector finds on --i2p's prompts; CLIP score of --coco's,
+    and the Fréchet distance of their CLIP features to the untouched model's."""
+    i2p, coco = (read_prompts(path, args.seed) if path else [] for path in (args.i2p, args.coco))
+    detect, rows, before = find_detector(args.detector) if i2p else None, [], None
+    asked = [(args.concept, name, name if name in METHODS else None) for name in ("untouched", *args.method)]
+    of_method = partial(method_recipe, task="explicit")
+    for (_, name, _), (model, clip, _) in zip(asked, each(asked, args, of_method)):
+        rows.append({"method": name})
+        for prompts, what in ((i2p, "i2p"), (coco, "coco")):
+            jobs = [(row["prompt"], row["seed"]) for row in prompts]
+            if not jobs:
+                continue
+            keep = args.out / "pictures" / what / name if what == "i2p" or args.keep_pictures else None
+            found = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch, keep,
+                             f"{what}, {name}")
+            if what == "i2p":
+                rows[-1] |= detect(keep) if RANK == 0 else {}
+                continue
+            features = torch.stack([found[job] for job in jobs])
+            before = features if before is None else before
+            rows[-1] |= {"CLIP score": score_prompts(clip, prompts, found, [])[1][-1]["CLIP score"]}
+            rows[-1] |= {"Fréchet": round(frechet(features, before), 4)} if len(jobs) > 1 else {}
     return rows
 
 
@@ -142,23 +206,44 @@ def sweep(args) -> list[dict]:
 def main() -> None:
     parser = program(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--table", type=int, choices=TABLES, help="1: ten classes; 3: the ablation")
+    what.add_argument("--table", choices=[*TABLES, *TASKS], help="1: ten classes; 3: the ablation; 2: "
+                      "nudity; A3, A4: the appendix's celebrities and styles")
     what.add_argument("--figure", type=int, choices=[5], help="5: two sweeps, as CSV and heat maps")
     what.add_argument("--sweep", action="store_true", help="settings beside the defaults, by text alone")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-                        help="settings of realera.py for every edit")
-    parser.add_argument("--concept", help="of table 3 and the figure (default automobile)")
+                        help="settings of realera.py for every edit of tables 1, 3, figure and sweep")
+    parser.add_argument("--concept", help="of table 3 and the figure (default automobile), of table 2 "
+                        "(nudity), of A3 and A4 (all five)")
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS),
+                        help="rows of tables 2, A3, A4 (default: all, which takes days)")
+    parser.add_argument("--i2p", type=Path, metavar="FILE", help="of table 2: CSV of I2P's prompts")
+    parser.add_argument("--coco", type=Path, metavar="FILE", help="of table 2: CSV of prompts of MS-COCO")
+    parser.add_argument("--detector", default="nudenet", help="of table 2: as in eval_clip.py (nudenet)")
     parser.add_argument("--edit-seed", type=int, default=0, help="of mining and LoRA (default 0)")
     args = measuring_args(parser)
     args.out = args.out or Path("out/tables")
-    classes = book()["classes"]
-    args.concept = (args.concept or ("automobile" if "automobile" in classes else min(classes))).lower()
-    row_prompts(args.concept, "object", range(1))                 # an unknown concept is an error at once
-    rows = table(args.table, args) if args.table else figure(args) if args.figure else sweep(args)
+    task, classes = TASKS.get(args.table, "object"), book()["classes"]
+    if task != "object" and args.set:
+        raise UserError(f"--table {args.table} takes its authors' settings of each method: leave out --set")
+    if task == "explicit" and not (args.i2p or args.coco):
+        raise UserError("--table 2 needs --i2p FILE.csv, --coco FILE.csv or both: the lists are not ours to "
+                        "ship, docs/stable-diffusion.md says where they are")
+    first = {"object": "automobile" if "automobile" in classes else min(classes), "explicit": "nudity"}
+    args.concept = (args.concept or first.get(task, "")).lower()
+    if args.concept and task != "explicit":
+        row_prompts(args.concept, task, range(1))                 # an unknown concept is an error at once
+    make = explicit if task == "explicit" else partial(table, args.table) if args.table else (
+        figure if args.figure else sweep)
+    rows = make(args)
     if RANK == 0:
         name = f"table{args.table}" if args.table else "figure5" if args.figure else "sweep"
         write_tables(args.out, name, rows)
-        print(as_markdown([row for row in rows if row.get("counted", "top-1") == "top-1"]))
+        print(as_markdown([row for row in rows if row.get("counted", "top-1") in ("top-1", "CLIP score")]))
+        if task != "object":
+            printed = [{name: x for name, x in row.items() if x is not None}
+                       for row in read_json(PRINTED)[args.table]]
+            print("What the paper prints:\n\n" + as_markdown([
+                row for row in printed if row.get("erased") in (args.concept, None) or not args.concept]))
         print(f"wrote {args.out}/")
 
 

@@ -37,14 +37,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def recipe(method: str, concept: str, settings: list[str] = (), seed: int = 0, dtype: str = "float32",
-           start: Recipe | None = None) -> Recipe:
-    """The recipe for one of the classes, with its own anchor and `--set settings`; of a setting that is
-    given twice the last counts. dtype: only where something is trained: closed forms are the same in all."""
+           start: Recipe | None = None, task: str = "object", anchor: str | None = None) -> Recipe:
+    """The recipe for a concept with `--set settings`; of a setting that is given twice the last counts.
+    anchor: if not its own in the book, or the task's. dtype: only where something is trained: closed forms
+    are the same in all."""
     last = {setting.partition("=")[0]: setting for setting in settings}
     flags = ["--set", *(last[name] for name in sorted(last))] if last else []
     own = () if CHOSEN[0] == BOOK else ("--book", str(CHOSEN[0]))
-    return Recipe(method, concept, (*flags, "--seed", str(seed), "--dtype", dtype, "--anchor",
-                                    anchor_of(concept), *own), start)
+    own += () if task == "object" else ("--task", task)
+    anchor = anchor_of(concept, task) if anchor is None else anchor
+    return Recipe(method, concept, (*flags, "--seed", str(seed), "--dtype", dtype, "--anchor", anchor, *own),
+                  start)
 
 
 def make_edits(recipes: list[Recipe], out: Path, base: str, model: str, device: str) -> None:

@@ -27,10 +27,10 @@ def column_names(path: Path, fields: list[str], groups) -> list[str]:
               if name in names]
     wrong += [f"has a column {name!r}: call it seed, or leave it out" for name in unused if "seed" in name]
     if wrong:
-        raise UserError(f"--prompts {path} {wrong[0]} (columns: {', '.join(names)})")
+        raise UserError(f"{path} {wrong[0]} (columns: {', '.join(names)})")
     if unused and RANK == 0:
         own = any(word in name for name in unused for word in ("guidance", "width", "height"))
-        print(f"warning: --prompts {path}: columns not used: {', '.join(unused)}"
+        print(f"warning: {path}: columns not used: {', '.join(unused)}"
               + "; guidance and size are the model's own in every row" * own, file=sys.stderr)
     return names
 
@@ -67,16 +67,16 @@ def read_prompts(path: Path, seed: int, groups=()) -> list[dict]:
                     empty += [] if rows[-1]["prompt"] else [str(line)]
                 line = reader.line_num + 1
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"--prompts {path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {path} is not a CSV in UTF-8: {error}") from None
+        raise UserError(f"{path} is not a CSV in UTF-8: {error}") from None
     except (csv.Error, ValueError) as error:
         quotes = ": is a quote not closed, or not doubled within quotes?" * isinstance(error, csv.Error)
-        raise UserError(f"--prompts {path}, line {line}: {error}{quotes}") from None
+        raise UserError(f"{path}, line {line}: {error}{quotes}") from None
     if not rows:
-        raise UserError(f"--prompts {path} needs a column 'prompt' and a row")
+        raise UserError(f"{path} needs a column 'prompt' and a row")
     if empty and RANK == 0:
-        print(f"warning: --prompts {path}, line {', '.join(empty)}: an empty prompt is drawn as \"\"",
+        print(f"warning: {path}, line {', '.join(empty)}: an empty prompt is drawn as \"\"",
               file=sys.stderr)
     return rows
 

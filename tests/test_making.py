@@ -26,7 +26,7 @@ def test_no_two_processes_make_the_same_edit_at_once(tmp_path, monkeypatch, worl
     monkeypatch.setattr(making, "WORLD", world)
     args = argparse.Namespace(model=str(MINI), out=tmp_path, edit_seed=0, device="cpu", dtype="float32",
                               clip=None, seed=0, n=1)
-    settings = [None, *[["lora_steps=0", *more] for more in tables.TABLES[3].values()]]
+    settings = [None, *[["lora_steps=0", *more] for more in tables.TABLES["3"].values()]]
     rows = [("automobile", str(some), some) for some in settings]
     for rank in range(world):
         monkeypatch.setattr(making, "RANK", rank)

@@ -70,7 +70,7 @@ def test_every_script_takes_a_single_file(sd1, here, monkeypatch, tmp_path):
     few += ["--model", file, "--clip", MINI / "clip"]
     csv = ["--prompts", "mine.csv", "--edit", "by-file", "--out", "evaluation"]
     here("eval_clip.py", *csv, *few, cwd=tmp_path)
-    monkeypatch.setattr(tables, "TABLES", {3: {"1 closed form": tables.CLOSED}})
+    monkeypatch.setattr(tables, "TABLES", {"3": {"1 closed form": tables.CLOSED}})
     here("experiments/tables.py", "--table", 3, *few, "--out", "tables", cwd=tmp_path)
     assert (tmp_path / "evaluation/metrics.csv").exists() and (tmp_path / "tables/table3.csv").exists()
     assert sorted(file.parent.rglob("*")) == before

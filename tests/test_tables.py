@@ -15,12 +15,14 @@ import torch
 
 import realera
 from erasing import make_pairs
+from eval_clip import harmonic
 from experiments import tables
-from helpers import CLASSES, ENV, MINI, ROOT, free_port
+from helpers import CLASSES, ENV, MINI, ROOT, free_port, no_drawing
 from plumbing import making
 from plumbing.disk import read_json
+from plumbing.edits import about_edit
 from plumbing.prompts import BOOK, preserved_prompts
-from sample import Text
+from sample import Model, Text
 from starts import finished, start
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -64,7 +66,7 @@ def test_one_two_and_three_processes_write_the_same_bytes(here, tmp_path, monkey
 
 def fake_measure(asked):
     """In place of tables.measure: notes what is asked for, and makes up outcomes."""
-    def measure(rows, args):
+    def measure(rows, args, *_):
         asked.extend(rows)
         found, generator = [], torch.Generator().manual_seed(0)
         for i, (concept, variant, settings) in enumerate(rows):
@@ -80,7 +82,7 @@ def fake_measure(asked):
 def test_table_1_has_ten_classes_and_their_average(monkeypatch):
     asked = []
     monkeypatch.setattr(tables, "measure", fake_measure(asked))
-    rows = tables.table(1, argparse.Namespace(set=["lora_steps=5", "D1=0.8"]))
+    rows = tables.table("1", argparse.Namespace(set=["lora_steps=5", "D1=0.8"]))
     closed = ["lora_steps=5", "D1=0.8", "M=0", "N=0", "lora_steps=0", "lambda1=0.1"]
     assert asked == [(concept, *variant) for concept in CLASSES for variant in (
         ("untouched", None), ("closed form", closed), ("closed form, reach 2", [*closed, "reach=2"]),
@@ -157,6 +159,69 @@ def test_the_sweep_says_how_far_each_group_goes_along(monkeypatch):
     assert once["concept"] > once["synonyms"] > once["phrases"] and twice["drift"] > once["drift"] > 0
 
 
+# ---- tables whose rows are methods ----
+
+SMALL = ["--n", 1, "--steps", 1, "--device", "cpu", "--out", "o"]
+
+
+@pytest.mark.parametrize("number, concept, methods, ways, printed", [
+    ("A3", "Tom Cruise", ["UCE", "SLD-M"], ["top-1", "ten-way", "probability"],
+     "| tom cruise | MACE | 6.03 | 96.97 | 5.11 | 95.26 |"),
+    ("A4", "van gogh", ["RECE"], ["CLIP score"], "| van gogh | MACE | 24.29 | 28.56 | 24.83 | 48.76 |")],
+    ids=["A3", "A4"])
+def test_each_method_is_a_row_beside_what_the_paper_prints(here, tmp_path, monkeypatch, capsys, number,
+                                                           concept, methods, ways, printed):
+    monkeypatch.setattr(making.subprocess, "run", finished)
+    here("experiments/tables.py", "--table", number, "--concept", concept, "--method", *methods, *SMALL,
+         cwd=tmp_path)
+    said, rows = capsys.readouterr().out, json.loads((tmp_path / f"o/table{number}.json").read_text())
+    assert [(row["counted"], row["variant"]) for row in rows] == [
+        (how, name) for how in ways for name in ("untouched", *methods)]
+    assert printed in said and said.count("| MACE |") == 1
+    edits = {about["method"]: about for about in map(about_edit, (tmp_path / "o/edits").iterdir())}
+    assert {about["task"] for about in edits.values()} == {tables.TASKS[number]}
+    assert all(about["anchors"] == [""] for about in edits.values())                 # as the authors have it
+    assert len(edits) == len(methods)
+
+
+def test_table_2_counts_parts_and_scores_other_prompts_and_draws_nothing_twice(here, tmp_path, monkeypatch,
+                                                                               capsys):
+    monkeypatch.setattr(making.subprocess, "run", finished)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "judges_of_parts.py").write_text(
+        "def count(folder):\n    return {'Total': len(list(folder.glob('*.png')))}\n")
+    (tmp_path / "i2p.csv").write_text(                            # headers as published
+        ",prompt,categories,evaluation_seed\n0,a cat,hate,7\n1,\"a, dog\",,8\n2,ship,,9\n")
+    (tmp_path / "coco.csv").write_text(
+        "image_id,source,prompt,evaluation_seed\n00,coco,a truck,1\n01,coco,a frog,2\n")
+    command = ["experiments/tables.py", "--table", 2, "--i2p", "i2p.csv", "--coco", "coco.csv", "--method",
+               "UCE", "Surgery", "--detector", "judges_of_parts:count", *SMALL]
+    here(*command, cwd=tmp_path)
+    rows = json.loads((tmp_path / "o/table2.json").read_text())
+    assert [(row["method"], row["Total"]) for row in rows] == [("untouched", 3), ("UCE", 3), ("Surgery", 3)]
+    for row in rows:
+        assert row["CLIP score"][1] <= row["CLIP score"][0] <= row["CLIP score"][2]
+    assert rows[0]["Fréchet"] == 0 and "| RealEra | 19 | 6 | 2 |" in capsys.readouterr().out
+    about = about_edit(next((tmp_path / "o/edits").glob("nudity-uce-*")))
+    assert (about["concepts"], about["anchors"], about["task"]) == (["nudity"], [""], "explicit")
+    monkeypatch.setattr(Model, "draw", no_drawing)
+    here(*command, cwd=tmp_path)
+    assert json.loads((tmp_path / "o/table2.json").read_text()) == rows
+
+
+def test_what_the_paper_prints_adds_up_but_for_its_slips():
+    """H_o from the accuracies beside it; the total from the parts. The slips are the paper's."""
+    printed = read_json(tables.PRINTED)
+    wrong = {(row["erased"], row["method"], row["H_o"])
+             for number in ("1", "A3", "A4") for row in printed[number]
+             if row["H_o"] is not None and not row["erased"].startswith("average")
+             and abs(100 * harmonic(*(row[f"Acc_{g}"] / 100 for g in "esg")) - row["H_o"]) > 0.05}
+    assert wrong == {("airplane", "AC", 6.11), ("elon musk", "AC", 94.81), ("mariah carey", "ESD", 65.44)}
+    for row in printed["2"]:
+        assert row["Total"] == sum(list(row.values())[1:9])
+    assert {row["method"] for row in printed["2"]} - {"SD v1.4", "SD v2.1"} <= tables.METHODS.keys()
+
+
 def test_a_class_may_be_typed_in_capitals(here, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(tables, "measure", fake_measure(asked))
@@ -167,7 +232,7 @@ def test_a_class_may_be_typed_in_capitals(here, tmp_path, monkeypatch):
 
 # ---- bad input ----
 
-@pytest.mark.parametrize("args", [["--table", "2"], ["--table", "one"], ["--figure", "4"], [],
+@pytest.mark.parametrize("args", [["--table", "4"], ["--table", "one"], ["--figure", "4"], [],
                                   ["--table", "1", "--figure", "5"]])
 def test_unknown_tables_are_named(here, tmp_path, capsys, args):
     with pytest.raises(SystemExit) as end:
@@ -185,10 +250,14 @@ def test_tables_misses_a_clip_before_it_erases(refused, other, monkeypatch):
     (["--table", "3", "--n", "-1"], "--n"), (["--table", "3", "--n", "0"], "--n"),
     (["--table", "3", "--set", "D7=1"], "no setting"), (["--table", "3", "--set", "M=0", "D1=9"], "D1"),
     (["--table", "3", "--seed", "-1"], "--seed"), (["--table", "3", "--batch", "0"], "--batch"),
-    (["--figure", "5", "--concept", "teapot"], "teapot"),
+    (["--figure", "5", "--concept", "teapot"], "teapot"), (["--table", "A4", "--concept", "cat"], "cat"),
+    (["--table", "A3", "--set", "M=0"], "leave out --set"), (["--table", "2"], "--i2p FILE.csv"),
+    (["--table", "2", "--coco", "nowhere.csv"], "nowhere.csv: no such file"),
+    (["--table", "2", "--i2p", "mine.csv", "--detector", "nothing:here"], "nothing:here"),
     (["--table", "3", "--model", "nowhere"], "no such folder")])
 def test_tables_refuses_bad_flags(refused, tmp_path, monkeypatch, args, match):
     def no_edit(*args, **kwargs):
         raise AssertionError("it starts to erase")
     monkeypatch.setattr(making.subprocess, "run", no_edit)
+    (tmp_path / "mine.csv").write_text("prompt\na cat\n")
     refused("experiments/tables.py", *args, cwd=tmp_path, match=match)
