@@ -1,0 +1,148 @@
+"""What vanishes against what stays: what is chosen on which words, and the shares, a second way."""
+import argparse
+import json
+import types
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from experiments import frontier
+from plumbing import making
+from plumbing.prompts import use_book
+from starts import finished
+
+BOOK = {"classes": {name: {"anchor": "ground", "synonyms": [synonym], "associated": [phrase], "stay": stay,
+                           "far": "truck",
+                           "choosing": {"synonyms": [other], "associated": [f"{phrase} again"]}}
+                    for name, synonym, other, phrase, stay in (
+                        ("cat", "feline", "housecat", "purring in the dark", ["dog", "horse"]),
+                        ("dog", "hound", "puppy", "barking at the postman", ["cat", "deer"]),
+                        ("ship", "vessel", "ferry", "sailing on the waves", ["truck", "frog"]))},
+        "scenes": ["ground", "sea"]}
+SMALL = ["--n", 1, "--steps", 4, "--choose-n", 1, "--device", "cpu", "--out", "o", "--book", "book.json"]
+
+
+@pytest.fixture
+def small(tmp_path):
+    (tmp_path / "book.json").write_text(json.dumps(BOOK))
+    use_book(tmp_path / "book.json")
+    yield tmp_path
+    use_book(None)
+
+
+def test_what_is_asked_and_among_what_clip_chooses(small, text):
+    assert frontier.names_to_see() == [
+        "cat", "dog", "ship", "horse", "truck", "deer", "frog", "ground", "sea"]
+    assert [frontier.meant(name) for name in ("cat", "puppy", "purring in the dark again", "truck")] == [
+        "cat", "dog", "cat", "truck"]
+    groups = frontier.asked("cat", "reported", text)
+    assert groups["synonyms"] == [("cat", "a photo of the feline")]
+    assert groups["phrases"] == [("cat", "purring in the dark")]
+    assert groups["near"] == [("dog", "a photo of the dog"), ("horse", "a photo of the horse")]
+    assert groups["others' synonyms"] == [("dog", "a photo of the hound"), ("ship", "a photo of the vessel")]
+    assert groups["others' phrases"] == [("dog", "barking at the postman"), ("ship", "sailing on the waves")]
+    chosen = frontier.asked("cat", "choosing", text)
+    assert chosen.keys() == set(frontier.CHOOSE)
+    assert chosen["synonyms"] == [("cat", "a photo of the housecat")]
+
+
+def test_shares_are_of_what_was_right_before(small, monkeypatch):
+    """Made-up sights in place of pictures; each share counted by hand."""
+    names, seeds = frontier.names_to_see(), range(7, 10)
+    what = [None, ("closed form", "lambda1=1", 0)]
+    sights = [{}, {}]
+    generator = torch.Generator().manual_seed(0)
+
+    class Clip:
+        tokenizer = staticmethod(lambda prompts: torch.arange(len(prompts)))
+        text_features = staticmethod(lambda ids: torch.eye(len(names))[ids])
+        logit_scale = torch.zeros(())
+
+    def evaluate(model, clip, jobs, *_, **__):
+        for job in jobs:
+            sights[model].setdefault(job, torch.randint(2, (), generator=generator).item() and "dog" or "cat")
+        return {job: torch.eye(len(names))[names.index(sights[model][job])] for job in jobs}
+
+    monkeypatch.setattr(frontier, "each", lambda *_: ((i, Clip, None) for i in range(2)))
+    monkeypatch.setattr(frontier, "evaluate", evaluate)
+    args = types.SimpleNamespace(model="mini", out=small, steps=1, batch=None)
+    before, after = frontier.measure([("cat", one) for one in what], "reported", seeds, args)
+
+    def seen(i, prompt, name):
+        return [sights[i][prompt, seed] == name for seed in seeds]
+    assert after["synonyms"] == pytest.approx(sum(seen(1, "a photo of the feline", "cat")) / 3)
+    assert before["other classes"] == pytest.approx(sum(seen(0, "a photo of the dog", "dog")) / 6)  # no ship
+    right = [b for a, b in zip(*(seen(i, "a photo of the dog", "dog") for i in (0, 1))) if a]
+    assert 0 < len(right) and after["near"] == pytest.approx(sum(right) / len(right))
+    assert before["far"] == 0 and "far" not in after              # it was never drawn right
+
+
+def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatch):
+    asked = []
+
+    def measure(cells, words, seeds, args):
+        """On cat and ship the first strength is best, on dog the second."""
+        asked.append((cells, words, seeds))
+        good = [what and (what[1] == "reach=1") == (concept != "dog") for concept, what in cells]
+        return [{"concept": 0.1, "synonyms": 0.2 if one else 0.6, "phrases": 0.5, "near": 0.9, "canary": 0.8,
+                 "other classes": 0.9, "drift": 0.0} for one in good]
+
+    monkeypatch.setattr(frontier, "measure", measure)
+    monkeypatch.setattr(frontier, "ROWS", {row: ("realera.py", [], ["reach=1", "reach=2"]) for row in "ab"})
+    monkeypatch.setattr(frontier, "RANDOM", {"b"})
+    monkeypatch.setattr(frontier, "measuring_args", lambda parser: argparse.Namespace(
+        row=["a", "b"], concept=None, choose_n=3, n=2, seed=5, out=small / "o"))
+    (small / "o").mkdir()
+    frontier.main()
+    (tries, words, seeds), (cells, reported, others) = asked
+    assert (words, reported) == ("choosing", "reported") and not {*seeds} & {*others} and len(seeds) == 3
+    assert len(tries) == 3 + 2 * 2 * 3
+    got = {(what[0], concept, what[1]) for concept, what in cells if what}
+    assert got == {(row, concept, strength) for row in "ab"
+                   for concept, strength in (("cat", "reach=2"), ("ship", "reach=2"), ("dog", "reach=1"))}
+    assert [what[2] for concept, what in cells if what and (what[0], concept) == ("b", "cat")] == [0, 1, 2, 3]
+    table = json.loads((small / "o/frontier.json").read_text())
+    assert [row["row"] for row in table] == ["untouched", "a", "b"]
+    assert table[1]["synonyms"][0] == pytest.approx(60) and table[1]["strength"] == "reach=1; reach=2"
+    # 3 / (1/0.9 + 1/0.9 + 1/0.4), and with near things and phrases
+    assert table[1]["H_o"][0] == pytest.approx(100 * 3 / (1 / .9 + 1 / .9 + 1 / .4), abs=0.01)
+    assert table[1]["H near"][0] == pytest.approx(100 * 3 / (1 / .9 + 1 / .9 + 1 / .5), abs=0.01)
+
+
+def test_an_interval_is_over_cells_and_nothing_is_said_of_nothing():
+    cells = [{"near": x} for x in (0.0, 0.5, 1.0)] + [{}]
+    value, low, high = frontier.interval(cells, lambda some: frontier.mean(some, "near"))
+    assert (value, low, high) == (50, 0, 100)
+    assert frontier.interval(cells, lambda some: frontier.mean(some, "far")) == "–"
+
+
+def test_the_command_draws_a_table_and_a_curve_and_goes_on(here, small, monkeypatch, capsys):
+    monkeypatch.setattr(making.subprocess, "run", finished)
+    rows = {"reach": ("realera.py", frontier.CLOSED, ["reach=1.25", "reach=4"]),
+            "UCE": ("baselines/uce.py", [], ["lamb=0.1"])}
+    monkeypatch.setattr(frontier, "ROWS", rows)
+    command = ["experiments/frontier.py", "--row", "reach", "UCE", "--concept", "cat", "dog", *SMALL]
+    here(*command, cwd=small)
+    printed = capsys.readouterr().out
+    tables = [json.loads((small / f"o/{name}.json").read_text()) for name in ("tries", "frontier")]
+    assert [(row["row"], row["strength"]) for row in tables[0]] == [
+        ("reach", "reach=1.25"), ("reach", "reach=4"), ("UCE", "lamb=0.1")]
+    assert [row["row"] for row in tables[1]] == ["untouched", "reach", "UCE"] and "| UCE |" in printed
+    drawn = ElementTree.parse(small / "o/frontier.svg").getroot()
+    assert {"reach", "UCE"} <= {element.text for element in drawn.iter()}
+    made = sorted(path.name for path in (small / "o/edits").iterdir())
+    here(*command, cwd=small)
+    assert [json.loads((small / f"o/{name}.json").read_text()) for name in ("tries", "frontier")] == tables
+    assert sorted(path.name for path in (small / "o/edits").iterdir()) == made and len(made) == 6
+
+
+@pytest.mark.parametrize("args, match", [
+    (["--concept", "teapot", "cat"], "teapot: this needs a class"),
+    (["--concept", "cat"], "two classes or more"), (["--choose-n", "0"], "--choose_n must be at least 1")])
+def test_frontier_refuses_bad_flags(refused, small, args, match):
+    refused("experiments/frontier.py", *args, "--book", "book.json", cwd=small, match=match)
+
+
+def test_todays_book_has_no_words_to_choose_on(refused, tmp_path):
+    refused("experiments/frontier.py", cwd=tmp_path, match="lists stay and choosing")
