@@ -39,7 +39,7 @@ from plumbing import UserError
 from plumbing.cli import (DTYPES, Clock, NoFlags, check_export, command_line, erasing_args, lines_of,
                           pick_device, program, settings_of, slug)
 from plumbing.disk import whole_folder
-from plumbing.drift import drifts, preview, say_shares, text_change
+from plumbing.drift import drifts, presences, preview, say_shares, text_change
 from plumbing.edits import (DRAWING, Edit, as_filed, base_hash, change, cross_attention, original,
                             refuse_weights_alone, text_hash, write_edit, write_report)
 from plumbing.formats import export_pipeline, write_lora
@@ -118,12 +118,6 @@ def make_pairs(concepts, anchors, task: str, text, rows: str, seed: int,
     return pairs
 
 
-def last_tokens(text, texts: list[str]) -> Tensor:
-    """The row of each text's last token, [texts, D], float64."""
-    rows = text(texts or [""]).cpu().double()                     # [texts, T, D]
-    return rows[range(len(texts)), [min(text.tokenizer.count(x), rows.shape[1] - 2) for x in texts]]
-
-
 class Job:
     """One erasure as asked for: what a method works with, and where it leaves what it finds.
 
@@ -199,7 +193,8 @@ def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
     model, prompts, seeds = job.model, [prompt for _, prompt in watched], [job.seed + i for i in range(n)]
     with lora_off(model.unet):                                    # what it learned is part of W
         drawn = draw_each(model, prompts, {"before": original(job.model_folder, W), "after": W}, seeds)
-    table = [{"prompt": prompt, "wanted": wanted} for wanted, prompt in watched]
+    table = [{"prompt": prompt, "wanted": wanted, "presence": round(held, 2)}
+             for (wanted, prompt), held in zip(watched, presences(job.pairs, prompts, job.text))]
     if (model.folder / "clip").is_dir():
         clip, names = CLIP.from_pretrained(model.folder / "clip"), names_to_choose(job.pairs, job.task)
         print(f"\nCLIP's first choice of {len(names)} names, {n} pictures a prompt\n"
@@ -214,17 +209,21 @@ def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
             print(f"{row['prompt'][:26]:<28}{seen(row, 'before', n):<32}{seen(row, 'after', n)}")
     sheets = {when: pictures[:, :8] for when, pictures in drawn.items()}
     erased, name = ", ".join(map(str, job.pairs)), model_name(job.args.model)
-    notes = [[seen(row, when, n) for when in sheets] for row in table] if "before" in table[0] else None
+    held = [{"before": f"presence {row['presence']:.2f}; ", "after": ""} for row in table]
+    notes = [[(said[when] + seen(row, when, n)).removesuffix("; ") for when in sheets]
+             for said, row in zip(held, table)]
     write_sheets(job.folder / "before_after.png", sheets, prompts,
                  {"seed": seeds[:8], "edit": erased, "model": name, "settings": model.defaults},
-                 title=erased, notes=notes, footer="below each: CLIP's first choice; " * bool(notes)
+                 title=erased, notes=notes, footer="presence: how much of the concept the prompt holds; "
+                 + "then CLIP's first choice; " * ("before" in table[0])
                  + f"seeds {seeds[0]}–{seeds[:8][-1]}; model: {name}")
     return table
 
 
 def seen(row: dict, when: str, n: int) -> str:
     """"airplane 0/4, mostly sky 4": how many are what was wanted, and what most are if they are not."""
-    cell = row[when]
+    if not (cell := row.get(when)):                               # there is no CLIP
+        return ""
     other = f", mostly {cell['mostly']} {cell['times']}" if cell["mostly"] != row["wanted"] else ""
     return f"{row['wanted']} {cell['right']}/{n}{other}"
 

@@ -41,8 +41,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
-from erasing import Job, last_tokens, run
+from erasing import Job, run
 from plumbing import UserError
+from plumbing.drift import last_tokens
 from plumbing.prompts import retained_words
 
 @dataclass(frozen=True)

@@ -38,8 +38,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
-from erasing import Job, edited, last_tokens, run
+from erasing import Job, edited, run
 from plumbing import UserError
+from plumbing.drift import last_tokens
 from plumbing.prompts import TASKS, retained_words
 
 

@@ -26,6 +26,12 @@ def edited_rows(prompts: list[str], text) -> list[Tensor]:
     return [e[text.tokenizer.count(prompt):] for prompt, e in zip(prompts, rows)]
 
 
+def last_tokens(text, texts: list[str]) -> Tensor:
+    """The row of each text's last token, [texts, D], float64."""
+    rows = text(texts or [""]).cpu().double()                     # [texts, T, D]
+    return rows[range(len(texts)), [min(text.tokenizer.count(x), rows.shape[1] - 2) for x in texts]]
+
+
 def nearness(pair, rows: Tensor) -> float:
     """The cosine of a prompt's edited rows to the concept's, as one long vector of those that both have."""
     n = min(len(rows), pair.n)
@@ -96,6 +102,14 @@ def presence(way: Tensor, rows: Tensor) -> Tensor:
     """How much of a concept prompts hold (Semantic Surgery's score): the mean over all T rows of the cosine
     of a prompt's row to the concept's way from "". way [T, D] = e(concept) − e(""), rows [B, T, D] -> [B]."""
     return F.cosine_similarity(way, rows, dim=-1).mean(-1)        # of begin-of-text, whose way is 0: 0
+
+
+def presences(pairs, prompts: list[str], text) -> list[float]:
+    """How much of what is erased each prompt holds: its `presence` over that of the concept's own prompt, and
+    of several concepts the largest."""
+    rows, empty = text(prompts).cpu().double(), text("")[0].cpu().double()
+    return torch.stack([presence(pair.e - empty, rows) / presence(pair.e - empty, pair.e)
+                        for pair in pairs]).amax(0).tolist()
 
 
 def drifts(delta: Tensor, pairs, text) -> dict[str, float]:

@@ -278,5 +278,8 @@ def test_before_and_after_say_what_they_show(work):
     assert text.count("<image ") == 2 * len(report["table"]) == 16
     for row in report["table"]:
         assert row["prompt"] in text and f"{row['wanted']} {row['after']['right']}/1" in text
+        assert f"presence {row['presence']:.2f}" in text
+    held = {row["prompt"]: row["presence"] for row in report["table"]}
+    assert held["a photo of the dog"] == 1 == max(held.values()) and min(held.values()) < 0.5
     said = PIL.Image.open(work / "out/dog/before_after.png").text
     assert json.loads(said["columns"]) == ["before", "after"] and said["edit"] == "dog → ground"
