@@ -1,5 +1,6 @@
 """What vanishes against what stays: what is chosen on which words, and the shares, a second way."""
 import argparse
+import importlib
 import json
 import types
 from xml.etree import ElementTree
@@ -9,6 +10,7 @@ import torch
 
 from experiments import frontier
 from plumbing import making
+from plumbing.cli import parse_settings
 from plumbing.prompts import use_book
 from starts import finished
 
@@ -108,6 +110,14 @@ def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatc
     # 3 / (1/0.9 + 1/0.9 + 1/0.4), and with near things and phrases
     assert table[1]["H_o"][0] == pytest.approx(100 * 3 / (1 / .9 + 1 / .9 + 1 / .4), abs=0.01)
     assert table[1]["H near"][0] == pytest.approx(100 * 3 / (1 / .9 + 1 / .9 + 1 / .5), abs=0.01)
+
+
+@pytest.mark.parametrize("row", frontier.ROWS)
+def test_every_row_has_six_strengths_that_its_method_takes(row):
+    file, settings, strengths = frontier.ROWS[row]
+    module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+    made = {parse_settings(module.Settings, [*settings, *strength.split()]) for strength in strengths}
+    assert len(made) == len(strengths) == 6
 
 
 def test_an_interval_is_over_cells_and_nothing_is_said_of_nothing():
