@@ -209,9 +209,8 @@ def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
             print(f"{row['prompt'][:26]:<28}{seen(row, 'before', n):<32}{seen(row, 'after', n)}")
     sheets = {when: pictures[:, :8] for when, pictures in drawn.items()}
     erased, name = ", ".join(map(str, job.pairs)), model_name(job.args.model)
-    held = [{"before": f"presence {row['presence']:.2f}; ", "after": ""} for row in table]
-    notes = [[(said[when] + seen(row, when, n)).removesuffix("; ") for when in sheets]
-             for said, row in zip(held, table)]
+    notes = [["; ".join(filter(None, [f"presence {row['presence']:.2f}" * (when == "before"),
+                                      seen(row, when, n)])) for when in sheets] for row in table]
     write_sheets(job.folder / "before_after.png", sheets, prompts,
                  {"seed": seeds[:8], "edit": erased, "model": name, "settings": model.defaults},
                  title=erased, notes=notes, footer="presence: how much of the concept the prompt holds; "

@@ -29,12 +29,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import make_pairs
 from eval_clip import harmonic
-from experiments.shares import groups_of
-from experiments.tables import each
+from experiments.shares import groups_of, near_things
+from experiments.tables import drift_of, each
 from plumbing import UserError, svg
 from plumbing.cli import RANK, at_least_1, command_line, measuring_args, program
-from plumbing.disk import read_json
-from plumbing.drift import edited_rows, nearness
 from plumbing.making import Recipe, recipe
 from plumbing.models import model_folder
 from plumbing.prompts import book, prompt_of
@@ -104,10 +102,7 @@ def meant(name: str) -> str:
 def asked(concept: str, words: str, text: Text) -> dict[str, list[tuple[str, str]]]:
     """(what CLIP should see, prompt) by group. words: reported; or choosing, the groups of CHOOSE alone."""
     pair, classes = make_pairs(concept, None, "object", text, "tail", 0)[0], book()["classes"]
-    stay = classes[concept]["stay"]
-    near = {name: nearness(pair, rows)
-            for name, rows in zip(stay, edited_rows([prompt_of(name) for name in stay], text))}
-    groups = groups_of(concept, words, near)
+    groups = groups_of(concept, words, near_things(pair, text))
     for group, kind in (("others' synonyms", "synonyms"), ("others' phrases", "associated")):
         groups[group] = [entry[kind][0] for name, entry in classes.items() if name != concept and entry[kind]]
     return {group: [(concept if group in GO else meant(name), prompt_of(name)) for name in names]
@@ -124,16 +119,17 @@ def method_recipe(concept: str, what: tuple, seed: int, dtype: str) -> Recipe:
 def measure(cells: list[tuple], words: str, seeds: range, args) -> list[dict[str, float]]:
     """Per cell (concept, what `method_recipe` takes, or None for the untouched model): {group: share}, in
     0 … 1, and the text's drift. Each concept's untouched cell comes before its others."""
-    text, names, before, found = Text(model_folder(args.model)), names_to_see(), {}, []
+    text, names, shown, before, found = Text(model_folder(args.model)), names_to_see(), None, {}, []
     groups = {concept: asked(concept, words, text) for concept in dict.fromkeys(c for c, _ in cells)}
     rows = [(concept, " ".join(map(str, what or ["untouched"])), what) for concept, what in cells]
     for (concept, label, what), (model, clip, edit) in zip(rows, each(rows, args, method_recipe)):
         jobs = [(prompt, seed) for some in groups[concept].values() for _, prompt in some for seed in seeds]
         features = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch,
                             what=f"{len(found) + 1}/{len(rows)} {concept}, {label}")
-        with torch.no_grad():
-            ids = clip.tokenizer([f"a photo of the {name}" for name in names]).to(clip.logit_scale.device)
-            shown = clip.text_features(ids).cpu()
+        if shown is None:
+            with torch.no_grad():
+                ids = clip.tokenizer([f"a photo of the {name}" for name in names]).to(clip.logit_scale.device)
+                shown = clip.text_features(ids).cpu()             # [names, P]
         right = {group: torch.tensor([names[(shown @ features[prompt, seed]).argmax()] == wanted
                                       for wanted, prompt in some for seed in seeds])
                  for group, some in groups[concept].items()}
@@ -141,9 +137,8 @@ def measure(cells: list[tuple], words: str, seeds: range, args) -> list[dict[str
             before[concept] = right
         else:                                                     # of what stays, what was drawn right before
             right = {group: x if group in GO else x[before[concept][group]] for group, x in right.items()}
-        numbers = read_json(edit / "run.json").get("numbers", {}) if edit else {}
         found.append({group: x.float().mean().item() for group, x in right.items() if len(x)}
-                     | {"drift": numbers.get("median drift of unrelated prompts", 0.0)})
+                     | {"drift": drift_of(edit)})
     return found
 
 
@@ -179,16 +174,19 @@ def choose(rows: list[str], halves: list[list[str]], args) -> tuple[dict[str, li
     cells = [(c, None) for c in classes] + [(c, (*one, 0)) for one in tries for c in classes]
     seeds = range(args.seed + 1000, args.seed + 1000 + args.choose_n)                # of no reported picture
     found = dict(zip(cells, measure(cells, "choosing", seeds, args)))
-    best: dict[str, list[str]] = {row: [] for row in rows}
-    for half in halves:
-        score = {one: (h_o(some) + h_near(some)) / 2 for one in tries
-                 for some in [[found[c, (*one, 0)] for c in half]]}
-        for row in rows:
-            best[row].append(max(ROWS[row][2], key=lambda strength: (score[row, strength] >= 0,
-                                                                     score[row, strength])))  # NaN is last
+
+    def of(row: str, strength: str, some: list[str]) -> list[dict[str, float]]:
+        return [found[c, (row, strength, 0)] for c in some]
+
+    def score(row: str, strength: str, half: list[str]) -> float:
+        both = (h_o(of(row, strength, half)) + h_near(of(row, strength, half))) / 2
+        return -1 if math.isnan(both) else both                   # near things that were never drawn right
+
+    best = {row: [max(ROWS[row][2], key=lambda strength: score(row, strength, half)) for half in halves]
+            for row in rows}
     table = []
     for row, strength in tries:
-        some = [found[c, (row, strength, 0)] for c in classes]
+        some = of(row, strength, classes)
         table.append({"row": row, "strength": strength} | {
             group: round(100 * mean(some, group), 1) for group in CHOOSE if mean(some, group) >= 0}
             | {name: round(100 * h(some), 1)

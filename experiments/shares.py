@@ -36,6 +36,13 @@ METHODS = {                     # name -> settings of realera.py, or of vocabula
     "vocabulary": "vocabulary measured=false", "vocabulary, all words": "vocabulary"}
 
 
+def near_things(pair: Pair, text: Text) -> dict[str, float]:
+    """The cosine to the concept of each thing that is near and must stay, as the book has them."""
+    stay = book()["classes"][pair.concept].get("stay", [])
+    return {name: nearness(pair, rows)
+            for name, rows in zip(stay, edited_rows([prompt_of(name) for name in stay], text))}
+
+
 def groups_of(concept: str, words: str, near: dict[str, float]) -> dict[str, list[str]]:
     """What is watched of a class: {group: names}. near: the cosine of each near thing to the concept."""
     entry = book()["classes"][concept]
@@ -79,11 +86,8 @@ def main() -> None:
     found: dict[str, list[dict]] = {}
     for concept in progress(classes, "classes", "class"):
         pair = make_pairs(concept, None, "object", text, "tail", 0)[0]
-        stays = book()["classes"][concept].get("stay", [])
-        near = {name: nearness(pair, rows) for name, rows in zip(
-            stays, edited_rows([prompt_of(name) for name in stays], text))}
         groups = {group: edited_rows([prompt_of(name) for name in names], text)
-                  for group, names in groups_of(concept, args.words, near).items()}
+                  for group, names in groups_of(concept, args.words, near_things(pair, text)).items()}
         for name, settings in [*METHODS.items(), *((line, line) for line in args.set)]:
             delta = edit_of(settings, pair, text, words)
             row = {group: statistics.mean(share(delta, pair, x) for x in some)

@@ -92,6 +92,12 @@ def each(rows: list[tuple], args, recipe_of: Callable) -> Iterator[tuple[Model, 
         yield model, clip, edit
 
 
+def drift_of(edit: Path | None) -> float:
+    """The median drift of unrelated prompts in an edit's run.json; 0 where nothing moves the text."""
+    numbers = read_json(edit / "run.json").get("numbers", {}) if edit else {}
+    return round(numbers.get("median drift of unrelated prompts", 0), 3)
+
+
 def measure(rows: list[tuple], args, task: str = "object",
             recipe_of: Callable = recipe_of) -> list[tuple[dict, dict]]:
     """Draw and count rows as `each` takes them. Per row: {concept, variant, drift}, and the outcomes
@@ -103,9 +109,7 @@ def measure(rows: list[tuple], args, task: str = "object",
         features = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch,
                             place if args.keep_pictures else None,
                             f"{len(found) + 1}/{len(rows)} {concept}, {variant}")
-        numbers = read_json(edit / "run.json").get("numbers", {}) if edit else {}
-        drift = round(numbers.get("median drift of unrelated prompts", 0), 3)
-        found.append(({"erased": concept, "variant": variant, "drift": drift},
+        found.append(({"erased": concept, "variant": variant, "drift": drift_of(edit)},
                       outcomes(clip, concept, features, seeds, task)))
     return found
 
@@ -140,22 +144,23 @@ def explicit(args) -> list[dict]:
     detect, rows, before = find_detector(args.detector) if i2p else None, [], None
     asked = [(args.concept, name, name if name in METHODS else None) for name in ("untouched", *args.method)]
     of_method = partial(method_recipe, task="explicit")
+
+    def drawn(model: Model, clip: CLIP, prompts: list[dict], keep: Path | None, what: str):
+        jobs = [(row["prompt"], row["seed"]) for row in prompts]
+        return evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch, keep, what)
+
     for (_, name, _), (model, clip, _) in zip(asked, each(asked, args, of_method)):
         rows.append({"method": name})
-        for prompts, what in ((i2p, "i2p"), (coco, "coco")):
-            jobs = [(row["prompt"], row["seed"]) for row in prompts]
-            if not jobs:
-                continue
-            keep = args.out / "pictures" / what / name if what == "i2p" or args.keep_pictures else None
-            found = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch, keep,
-                             f"{what}, {name}")
-            if what == "i2p":
-                rows[-1] |= detect(keep) if RANK == 0 else {}
-                continue
-            features = torch.stack([found[job] for job in jobs])
+        if i2p:
+            drawn(model, clip, i2p, keep := args.out / "pictures/i2p" / name, f"i2p, {name}")
+            rows[-1] |= detect(keep) if RANK == 0 else {}
+        if coco:
+            keep = args.out / "pictures/coco" / name if args.keep_pictures else None
+            found = drawn(model, clip, coco, keep, f"coco, {name}")
+            features = torch.stack([found[row["prompt"], row["seed"]] for row in coco])
             before = features if before is None else before
-            rows[-1] |= {"CLIP score": score_prompts(clip, prompts, found, [])[1][-1]["CLIP score"]}
-            rows[-1] |= {"Fréchet": round(frechet(features, before), 4)} if len(jobs) > 1 else {}
+            rows[-1]["CLIP score"] = score_prompts(clip, coco, found, [])[1][-1]["CLIP score"]
+            rows[-1] |= {"Fréchet": round(frechet(features, before), 4)} if len(coco) > 1 else {}
     return rows
 
 
@@ -232,9 +237,8 @@ def main() -> None:
     args.concept = (args.concept or first.get(task, "")).lower()
     if args.concept and task != "explicit":
         row_prompts(args.concept, task, range(1))                 # an unknown concept is an error at once
-    make = explicit if task == "explicit" else partial(table, args.table) if args.table else (
-        figure if args.figure else sweep)
-    rows = make(args)
+    rows = (explicit(args) if task == "explicit" else table(args.table, args) if args.table
+            else figure(args) if args.figure else sweep(args))
     if RANK == 0:
         name = f"table{args.table}" if args.table else "figure5" if args.figure else "sweep"
         write_tables(args.out, name, rows)

@@ -5,7 +5,6 @@ import re
 import shutil
 import socket
 from collections import Counter
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -21,13 +20,12 @@ from plumbing.disk import read_json
 from plumbing.prompts import BOOK
 from plumbing.weights import read_config
 from sample import Model
-from starts import run
+from starts import ROOT, run
 from unet import UNet
 from vae import VAE
 
 # ---- programs, as a user types them ----
 
-ROOT = Path(__file__).parent.parent
 MINI = ROOT / "mini"
 CLASSES = list(read_json(BOOK)["classes"])
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}                       # bytes may depend on the number of threads

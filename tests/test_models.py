@@ -18,8 +18,9 @@ def test_fingerprint_is_of_the_networks_only(tmp_path):
     """mini/train.py's checkpoints, for instance, are no part of the model."""
     shutil.copytree(MINI, tmp_path / "mini", ignore=shutil.ignore_patterns("work"))
     before = fingerprint(tmp_path / "mini")
-    (tmp_path / "mini/work").mkdir(exist_ok=True)
-    save_file({"x": torch.ones(3)}, tmp_path / "mini/work/judge.safetensors")
+    work = tmp_path / "mini" / "work"
+    work.mkdir(exist_ok=True)
+    save_file({"x": torch.ones(3)}, work / "judge.safetensors")
     assert fingerprint(tmp_path / "mini") == before
     save_file({"x": torch.ones(3)}, tmp_path / "mini/vae/diffusion_pytorch_model.safetensors")
     assert fingerprint(tmp_path / "mini") != before
