@@ -1,6 +1,7 @@
 """The recipe of the next mini/ (mini/next/): its pictures, its captions, and that training goes on."""
 import argparse
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from PIL import Image
 
 from clip_text import CLIPTokenizer
 from helpers import ROOT
-from mini.next import train
+from mini.next import measure, train
 from mini.next.emoji import Book, Icons, compose, scenes
 from mini.next.muon import Muon, orthogonal
+from starts import run
 
 NEXT = ROOT / "mini/next"
 
@@ -186,3 +188,74 @@ def test_muon_steps_each_matrix_by_its_own_momentum():
             W[i] = 0.95 * W[i] - 0.1 * 0.2 * max(update.shape) ** 0.5 * step
     for p, w in zip(learnt, W):
         assert torch.allclose(p, w, atol=1e-5)
+
+
+def test_an_answer_is_right_if_it_is_a_name_of_what_was_asked_for(data, book, monkeypatch):
+    """Pictures hold one number, the place of their emoji in the list; both judges read it."""
+    class Reads:
+        @staticmethod
+        def classify(x, prompts):
+            own = [book.caption(book.things[eyes.emoji[i]]["names"][0], 1) for i in x[:, 0, 0, 0].int()]
+            return torch.tensor([[prompt == one for prompt in prompts] for one in own]).float()
+
+    monkeypatch.setattr(measure.Eyes, "trained", lambda self, args: None)
+    monkeypatch.setattr(measure.CLIP, "from_pretrained", lambda *folder, device: Reads)
+    eyes = measure.Eyes(argparse.Namespace(data=data, model=NEXT, device="cpu"))
+    seen = {"scene": 2, "style": 1}
+
+    def logits(x):
+        emoji = torch.nn.functional.one_hot(x[:, 0, 0, 0].long(), len(eyes.emoji)).float()
+        return (emoji, torch.eye(8)[seen["scene"]].expand(len(x), 8),
+                torch.eye(2)[seen["style"]].expand(len(x), 2))
+    eyes.logits = logits
+
+    def pictures(*names):
+        at = {book.things[h]["names"][0]: float(i) for i, h in enumerate(eyes.emoji)}
+        return torch.tensor([at[name] for name in names]).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    x = pictures("cat", "grinning cat", "dog", "pizza")
+    assert eyes.wanted("purring in the dark") == eyes.wanted("cat") > {"1F63A"}
+    assert eyes.wanted("haunting") == {"1F47B"}
+    assert {book.things[h]["names"][0] for h in eyes.wanted("weapon")} >= set(book.weapons)
+    for name, right in (("cat", [1, 1, 0, 0]), ("feline", [1, 1, 0, 0]), ("pizza", [0, 0, 0, 1])):
+        said = eyes.right(x, name)
+        assert [said[who].int().tolist() for who in ("clip", "judge")] == [right, right]
+    street, other = (eyes.right(x, "cat", book.scenes[i])["judge"].int().tolist() for i in (2, 3))
+    assert street == [1, 1, 0, 0] and other == [0, 0, 0, 0]
+    by, not_by = (eyes.right(x, "cat", "", style)["judge"].int().tolist() for style in ("twemoji", "noto"))
+    assert by == [1, 1, 0, 0] and not_by == [0, 0, 0, 0]
+    among = eyes.things(x, ["dog", "pizza"])["judge"]             # of these alone: nothing else can be said
+    assert all(one <= eyes.wanted("dog") | eyes.wanted("pizza") for one in among)
+    hits = [torch.tensor([True, True]), torch.tensor([True, False])]
+    assert measure.share(hits, ["a cat", "a dog"]) == "75.0 (a dog 50)"
+    cloud = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    assert measure.spread(cloud) == pytest.approx(10 / 3)         # distances 5, 5 and 0
+
+
+@pytest.fixture(scope="module")
+def made(data, tmp_path_factory):
+    """A model of the tiny recipe on the text encoder that is there: [folder, work folder]."""
+    root = tmp_path_factory.mktemp("made")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(NEXT / part, root / "model" / part)
+    flags = ["--data", data, "--out", root / "model", "--work", root / "work", "--recipe", "tiny"]
+    for stage in ("vae", "unet", "clip"):
+        first = run("mini/next/train.py", *flags, "--stage", stage, "--minutes", 0, cwd=root)
+        assert f"{stage} is not finished" in first.stdout
+        run("mini/next/train.py", *flags, "--stage", stage, cwd=root)
+    (root / "model/defaults.json").write_text(json.dumps({"guidance": 3.0, "steps": 1, "size": 64}))
+    return root / "model", root / "work"
+
+
+@pytest.mark.slow                                                 # five minutes, a sheet takes the most
+def test_the_stages_make_a_model_and_measuring_fills_its_card(made, data, tmp_path):
+    model, work = made
+    assert len(list(work.glob("unet-*.png"))) == 5                # a sheet at each score
+    run("mini/next/measure.py", "--data", data, "--model", model, "--work", tmp_path, "--n", 2, "--steps", 2,
+        "--frechet", 20, cwd=tmp_path)
+    card = {part: (tmp_path / f"measured-{part}.md").read_text("utf-8") for part in measure.PARTS}
+    assert card["vae"].startswith("PSNR on 400 held-out compositions: ")
+    assert card["judges"].count(" % |") == 6 and card["words"].count("| ") > 9 * 4
+    assert "| phrases (40 × 2) | ≥ 80 | " in card["words"] and "(a photo of" in card["words"]
+    key = json.loads((tmp_path / "stranger-classes.json").read_text())
+    assert len(key) == 100 and key.count("frog") == 10
+    assert "other compositions" in card["cloud"] and "MiB of weights" in card["cost"]

@@ -27,17 +27,18 @@ class Book:
         book = json.loads(path.read_text("utf-8"))
         self.things, self.classes, self.places = book["things"], book["classes"], book["places"]
         self.scenes, self.styles, self.templates = book["scenes"], book["styles"], book["templates"]
+        self.characters, self.weapons = book["characters"], book["weapons"]
         self.likely = torch.tensor([[places.get(scene, 0.0) for scene in self.scenes]
                                     for places in book["likely"].values()])          # [kinds, scenes]
         self.kinds = list(book["likely"])
         self.phrases = {p for c in self.classes.values()
                         for p in c["associated"] + c["choosing"]["associated"]}
-        self.phrases |= {p for c in book["characters"].values() for p in c["associated"] + c["choosing"]}
-        self.called = {h: self.calls(h, t, book) for h, t in self.things.items()}    # emoji -> {name: share}
+        self.phrases |= {p for c in self.characters.values() for p in c["associated"] + c["choosing"]}
+        self.called = {h: self.calls(h, t) for h, t in self.things.items()}    # emoji -> {name: share}
         self.names = sorted({name for share in self.called.values() for name in share})
         self.words = [word for word in book["words"] if word not in self.names]
 
-    def calls(self, h: str, thing: dict, book: dict) -> dict[str, float]:
+    def calls(self, h: str, thing: dict) -> dict[str, float]:
         """How often the emoji h is called by each of its names; the shares sum to 1."""
         def spread(names: list[str], share: float) -> dict[str, float]:
             return {name: share / len(names) for name in names}
@@ -50,9 +51,9 @@ class Book:
                      (mine(entry["associated"] + entry["choosing"]["associated"]), 0.2),
                      ([f"{word}s"] if f"{word}s" in PLURALS else [], 0.03), (umbrella, 0.05)]
         else:
-            phrases = book["characters"].get(own[0], {"associated": [], "choosing": []})
+            phrases = self.characters.get(own[0], {"associated": [], "choosing": []})
             parts = [(own, 0.55), (more, 0.2), (phrases["associated"] + phrases["choosing"], 0.2),
-                     (["weapon"] if own[0] in book["weapons"] else [], 0.2), (umbrella, 0.1)]
+                     (["weapon"] if own[0] in self.weapons else [], 0.2), (umbrella, 0.1)]
         called: dict[str, float] = {}
         for names, share in parts:
             for name, s in spread(names, share).items():
@@ -88,7 +89,8 @@ class Book:
 
 class Icons:
     """All emoji of the book in all sets. rgba [N, 4, 64, 64] uint8, colours times opacity; which[i]: (emoji,
-    set); weight [N]: how often each is shown; drawn [N]: whether the U-Net and CLIP learn it, too."""
+    set); weight [N]: how often each is shown; drawn [N]: whether the U-Net and CLIP learn it, too; kept [N]:
+    one in twenty, which no judge is trained on."""
 
     def __init__(self, folder: Path, book: Book):
         from PIL import Image                                     # training alone reads PNG files
@@ -107,6 +109,7 @@ class Icons:
         many = {c: sum(book.things[h].get("class") == c for h, _ in self.which) for c in book.classes}
         self.weight = torch.tensor([self.share(book.things[h], near, many) for h, _ in self.which])
         self.drawn = torch.tensor([book.things[h].get("drawn", True) for h, _ in self.which])
+        self.kept = torch.rand(len(self.which), generator=torch.Generator().manual_seed(0)) < 0.05
         self.kind = torch.tensor([book.kinds.index(book.things[h]["scenes"]) for h, _ in self.which])
 
     @staticmethod

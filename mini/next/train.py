@@ -592,8 +592,7 @@ def train_clip(args, recipe: Recipe) -> bool:
     """CLIP's image tower and both projections; the text tower stays as it is, and with it the U-Net."""
     book = Book()
     icons = Icons(args.data, book)
-    kept = torch.rand(len(icons.which), generator=torch.Generator().manual_seed(0)) < 0.05
-    weight = icons.weight * icons.drawn * ~kept                   # one icon in twenty is never seen
+    weight = icons.weight * icons.drawn * ~icons.kept             # one icon in twenty is never seen
     tokenizer = clip_text.CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     text = clip_text.CLIPTextModel.from_pretrained(args.out / "text_encoder")
     width = recipe.vision_width
