@@ -98,11 +98,31 @@ def anchor_of(concept: str, task: str = "object") -> str:
 
 
 def listed() -> str:
-    """What the book holds, as text: a line per class, and the scenes."""
+    """What the book holds, as text: a line per class, then the scenes, and what else it knows."""
+    known = book()
     lines = [f"{name} → {entry['anchor']}: {', '.join([*entry['synonyms'], *entry['associated']])}"
-             for name, entry in book()["classes"].items()]
+             for name, entry in known["classes"].items()]
+    phrases = [f"{name} ({', '.join(entry['associated'])})"
+               for name, entry in known.get("characters", {}).items()]
+    things = [thing["names"][0] for thing in known.get("things", {}).values() if thing.get("drawn", True)]
+    groups = {"scenes": known["scenes"], "things": sorted({*things} - {*known["classes"]}),
+              "characters and their phrases": phrases, "styles": list(known.get("styles", {}).values())}
     return "\n".join(["class → its anchor: synonyms and phrases", *lines,
-                      f"scenes: {', '.join(book()['scenes'])}"])
+                      *(f"{group}: {', '.join(names)}" for group, names in groups.items() if names)])
+
+
+def drawn_names(known: dict) -> dict[str, str]:
+    """Every name that stands for a picture in a book -> its class, or the thing's own name."""
+    own = {word: word for word in [*known["scenes"], *known.get("styles", {}).values()]}
+    for thing in known.get("things", {}).values():
+        if thing.get("drawn", True):                              # an umbrella word is its own
+            own |= {word: word for word in thing["umbrella"]}
+            own |= dict.fromkeys(thing["names"], thing["names"][0])
+    for name, entry in known.get("characters", {}).items():
+        own |= dict.fromkeys(entry["associated"], name)
+    for name, entry in known["classes"].items():
+        own |= dict.fromkeys([name, *entry["synonyms"], *entry["associated"]], name)
+    return own
 
 
 def same_word(a: str, b: str) -> bool:
@@ -126,15 +146,18 @@ def doubts(pairs, model: Path, count) -> list[str]:
             said.append(f"“{pair.concept}” is erased as one phrase; for a concept each: {flags}")
     if model.resolve() != BOOK.parent:                            # of other models nobody has a list
         return said
-    own = {scene: scene for scene in read_json(BOOK)["scenes"]}   # each name's class, or the scene itself
-    for name, entry in read_json(BOOK)["classes"].items():
-        own |= dict.fromkeys([name, *entry["synonyms"], *entry["associated"]], name)
+    known = read_json(BOOK)
+    own, words = drawn_names(known), {*known.get("words", ())}
+    words |= {name for thing in known.get("things", {}).values() for name in thing["names"]}
     for word in dict.fromkeys(word for pair in pairs for word in (pair.concept, pair.anchor) if word):
         meant = next((own[name] for name in own if same_word(name, word)), None)
         if meant and word in concepts and word != meant:
             said.append(f"“{word}” is another name of {meant}, which may still be drawn by its own: is "
                         f"--concept {meant} meant?")
-        if not meant and "," not in word:
+        if not meant and any(same_word(name, word) for name in words):
+            said.append(f"mini reads “{word}” but never drew it: it stands for no picture; --list prints "
+                        "what does")
+        elif not meant and "," not in word:
             near, pieces = difflib.get_close_matches(word, own, 3), any(count(x) > 1 for x in word.split())
             said.append(f"mini does not know “{word}”" + " (its tokenizer knows no such word)" * pieces
                         + f"; nearest: {', '.join(near)}" * bool(near) + "; --list prints what it knows")

@@ -106,6 +106,25 @@ def test_list_prints_what_the_book_holds(here, tmp_path, capsys):
     assert "scenes: sky, sea, street, grass, ground" in printed and list(tmp_path.iterdir()) == []
 
 
+def test_a_book_of_things_says_what_is_drawn_and_what_is_only_read(text, monkeypatch):
+    monkeypatch.setattr(prompts, "BOOK", MINI / "next/captions.json")
+    monkeypatch.setattr(prompts, "CHOSEN", [MINI / "next/captions.json"])
+    said = {}
+    for concept in ("pizza", "animal", "twemoji", "delivers presents at christmas", "pizzas", "haunting",
+                    "mango", "velvet", "pzza"):
+        pairs = make_pairs([concept], ["sky"], "object", text, "tail", 0)
+        said[concept] = " ".join(prompts.doubts(pairs, MINI / "next", lambda word: 1))
+    drawn = ("pizza", "animal", "twemoji")
+    assert [said[word] for word in drawn] == [""] * 3
+    assert "another name of santa claus" in said["delivers presents at christmas"]
+    assert "another name of pizza" in said["pizzas"] and "another name of ghost" in said["haunting"]
+    assert all("reads" in said[word] and "never drew" in said[word] for word in ("mango", "velvet"))
+    assert "does not know “pzza”; nearest: pizza" in said["pzza"]
+    listed = prompts.listed()
+    assert "pizza, police car" in listed and "santa claus (delivers presents at christmas)" in listed
+    assert "styles: noto, noto classic" in listed and "mango" not in listed
+
+
 def test_concepts_of_a_file_have_anchors_and_the_folder_a_short_name(here, tmp_path):
     lines = ["cat → street", "dog\tgrass", "horse, sea", "bird", "", "frog -> ground"]
     lines += [f"thing {i}" for i in range(95)]
