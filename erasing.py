@@ -39,7 +39,7 @@ from plumbing import UserError
 from plumbing.cli import (DTYPES, Clock, NoFlags, check_export, command_line, erasing_args, lines_of,
                           pick_device, program, settings_of, slug)
 from plumbing.disk import whole_folder
-from plumbing.drift import drifts, presences, preview, say_shares, text_change
+from plumbing.drift import drifts, presences, preview, rows_of, say_shares, text_change
 from plumbing.edits import (DRAWING, Edit, as_filed, base_hash, change, cross_attention, original,
                             refuse_weights_alone, text_hash, write_edit, write_report)
 from plumbing.formats import export_pipeline, write_lora
@@ -158,7 +158,7 @@ class Job:
         """Rows of what must stay, float64 [prompts, T, D]: "" first, and alone without `real_prompts`."""
         kept = preserved_prompts(self.task, self.pairs) if real_prompts else [""]
         self.report["prompts"]["retained"] = kept
-        return self.text(kept).cpu().double()
+        return torch.stack(rows_of(kept, self.text)).double()
 
     def say(self, what: str, W: dict[str, Tensor], **numbers: float) -> None:
         """Print and keep the numbers of `what`, such as "closed form": the method's own, ‖ΔW‖/‖W‖ and drifts;

@@ -18,7 +18,6 @@ import tempfile
 import time
 from dataclasses import asdict
 from functools import cached_property, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable
 
@@ -252,9 +251,10 @@ class Rows:
         return (partial(step, unet, lambda: realera.original(unet, W0), adam),
                 partial(step, lambda *inputs: peer(*inputs).sample, adapters_off, adam_peer))
 
-    def erasure(self):
-        """realera.py without pictures: on a CPU the closed form alone, on a GPU the default 200 steps too."""
-        return self.child(ERASE), None
+    def erasure(self, method: str, *closed_form: str):
+        """A method's command without pictures; on a CPU with the flags for its closed form alone."""
+        flags = closed_form if self.device.type == "cpu" else ()
+        return self.child(ERASE.format(method=method, flags=flags)), None
 
 
 LOAD_OURS = """networks = [kind.from_pretrained(folder / part, dtype, device) for part, kind in (
@@ -264,9 +264,8 @@ LOAD_THEIRS = """networks = [kind.from_pretrained(folder / part, dtype=dtype).to
         ("vae", diffusers.AutoencoderKL))]"""
 READ = "; [parameter.sum() for network in networks for parameter in network.parameters()]"
 ERASE = """sys.argv = ["", "--concept", "airplane", "--anchor", "sky", "--no-pictures",
-        "--model", str(folder), "--device", str(device), "--dtype", str(dtype)[6:],
-        *["--lora-steps", "0"] * (device.type == "cpu")]
-    import runpy; runpy.run_path(str(ROOT / "realera.py"), {}, "__main__")"""
+        "--model", str(folder), "--device", str(device), "--dtype", str(dtype)[6:], *{flags}]
+    import runpy; runpy.run_path(str(ROOT / {method!r}), {{}}, "__main__")"""
 
 ROWS = {
     "unet-1": ("UNet, batch 1", Rows.unet, 1), "unet-2": ("UNet, batch 2", Rows.unet, 2),
@@ -276,7 +275,10 @@ ROWS = {
     "load": ("loading", Rows.load), "load-read": ("loading, then reading every weight", Rows.load, READ),
     "closed-form": ("closed form; theirs: a loop of outer products", Rows.closed_form, True),
     "closed-form-gram": ("closed form; theirs: a loop of matrix products", Rows.closed_form, False),
-    "lora-step": ("LoRA step, batch 8", Rows.lora_step), "erasure": ("whole erasure", Rows.erasure)}
+    "lora-step": ("LoRA step, batch 8", Rows.lora_step),
+    "erasure": ("whole erasure", Rows.erasure, "realera.py", "--lora-steps", "0"),
+    "uce": ("UCE", Rows.erasure, "baselines/uce.py"), "speed": ("SPEED", Rows.erasure, "baselines/speed.py"),
+    "mace": ("MACE", Rows.erasure, "baselines/mace.py", "--set", "lora_steps=0")}
 MINUTES = ("unet-8", "picture", "lora-step")                      # a call at full size on a CPU
 
 
@@ -294,12 +296,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Nets of both sides")
     args = parser.parse_args()
     try:
-        import diffusers
-        import transformers
+        import diffusers, peft, transformers  # noqa: E401,F401
     except ImportError:
-        diffusers = None
-    if diffusers is None or not find_spec("peft"):
-        raise UserError("diffusers, transformers or peft is missing: pip install -r requirements-test.txt")
+        raise UserError("diffusers, transformers or peft is missing: pip install -r requirements-test.txt"
+                        ) from None
     if min(args.runs, args.steps) < 1:
         raise UserError("--runs and --steps must be at least 1")
     for library in (diffusers, transformers):

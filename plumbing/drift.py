@@ -20,10 +20,17 @@ def text_change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> Tensor:
     return delta - torch.eye(len(delta), dtype=delta.dtype)
 
 
+def rows_of(prompts: list[str], text) -> list[Tensor]:
+    """Each prompt's rows [T, D]. A command asks for some more than once, so they stay with the encoder."""
+    known = vars(text).setdefault("known", {})
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+    known |= zip(new, text(new).cpu()) if new else {}
+    return [known[prompt] for prompt in prompts]
+
+
 def edited_rows(prompts: list[str], text) -> list[Tensor]:
     """Each prompt's rows from its last token on, [·, D], float64: those that an erasure would edit."""
-    rows = [e for i in range(0, len(prompts), 64) for e in text(prompts[i:i + 64]).cpu().double()]
-    return [e[text.tokenizer.count(prompt):] for prompt, e in zip(prompts, rows)]
+    return [e.double()[text.tokenizer.count(prompt):] for prompt, e in zip(prompts, rows_of(prompts, text))]
 
 
 def last_tokens(text, texts: list[str]) -> Tensor:
@@ -119,7 +126,8 @@ def drifts(delta: Tensor, pairs, text) -> dict[str, float]:
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
     named |= {word for name in named & classes.keys() for word in classes[name]["synonyms"]}
     watched = [noun for noun in nouns("watched") if not any(same_word(noun, word) for word in named)]
-    moved = movement(delta, ["", *(f"a photo of the {noun}" for noun in watched)], text)
+    moved = movement(delta, ["", *(f"a photo of the {noun}" for noun in watched)],
+                     lambda prompts: torch.stack(rows_of(prompts, text)))
     return {'drift of ""': moved[0], "median drift of unrelated prompts": statistics.median(moved[1:])}
 
 
