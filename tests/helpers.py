@@ -27,6 +27,7 @@ from vae import VAE
 # ---- programs, as a user types them ----
 
 MINI = ROOT / "mini"
+SIZE = read_json(MINI / "defaults.json")["size"]
 CLASSES = list(read_json(BOOK)["classes"])
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}                       # bytes may depend on the number of threads
 QUICK = ["--lora-steps", "2", "--n", "1", "--set", "trajectories=2", "batch=2"]

@@ -114,8 +114,10 @@ def test_pictures_stand_in_the_mosaic_in_their_order(tiny):
     last = list(found["states"].values())[-1]
     assert len(pictures) == last["at"] + last["n"] * len(found["shown"]) and pictures.dtype == torch.uint8
     whole = explore.mosaic(pictures[:7], 3)
-    assert whole.shape == (3 * 32, 3 * 32, 3) and torch.equal(whole[32:64, 64:96], pictures[5])
-    assert (whole[64:, 32:] == 255).all()
+    side = pictures.shape[-2]
+    assert whole.shape == (3 * side, 3 * side, 3)
+    assert torch.equal(whole[side:2 * side, 2 * side:], pictures[5])
+    assert (whole[2 * side:, side:] == 255).all()
 
 
 def test_a_page_that_cannot_be_small_enough_says_so(tiny, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from helpers import MINI, UNET, edit_json
+from helpers import MINI, SIZE, UNET, edit_json
 from plumbing.edits import about_edit, read_edit
 from sample import Model
 
@@ -17,7 +17,7 @@ def drawn_by_diffusers(pipe, noise):
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe("a photo of the airplane", latents=noise, num_inference_steps=5, guidance_scale=3.0,
-                height=32, width=32, output_type="pt").images.float()
+                height=SIZE, width=SIZE, output_type="pt").images.float()
 
 
 def test_diffusers_opens_the_exported_folder_and_draws_our_picture(here, edits, tmp_path):

@@ -1,11 +1,9 @@
 """From Python, in a folder of one's own: Model("mini"), draw, erase_with, show; as in a notebook."""
-from pathlib import Path
-
 from safetensors.torch import load_file
 
+from helpers import ROOT, SIZE
 from starts import run
 
-ROOT = Path(__file__).parent.parent
 NOTEBOOK = """
 import sys
 sys.path.insert(0, {root!r})
@@ -19,7 +17,7 @@ import torch
 
 model = Model("mini")
 picture = model.draw("a photo of the dog", steps=2)
-assert picture.shape == (1, 3, 32, 32)
+assert picture.shape == (1, 3, {size}, {size})
 assert model.draw("a photo of the dog", range(3), steps=2).shape[0] == 3
 assert (model.draw(["a photo of the dog", "a photo of the cat"], steps=2)[0] - picture[0]).abs().max() < 1e-5
 
@@ -41,7 +39,7 @@ assert (model.draw("a photo of the dog", steps=2) - picture).abs().max() > 1e-3
 
 
 def test_a_notebook_in_another_folder_erases_and_shows(here, tmp_path):
-    (tmp_path / "notebook.py").write_text(NOTEBOOK.format(root=str(ROOT)), encoding="utf-8")
+    (tmp_path / "notebook.py").write_text(NOTEBOOK.format(root=str(ROOT), size=SIZE), encoding="utf-8")
     run(tmp_path / "notebook.py", cwd=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "closed.safetensors", "notebook.py", "shown.svg"]

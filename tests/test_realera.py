@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import realera
 from erasing import drifts, edited, make_pairs
-from helpers import AIRPLANE, CLASSES, MINI, QUICK, ROOT, SHIP, pair, rng, same_pictures
+from helpers import AIRPLANE, CLASSES, MINI, QUICK, ROOT, SHIP, SIZE, pair, rng, same_pictures
 from lora import add_lora, lora_layers
 from plumbing import UserError
 from plumbing.disk import read_json
@@ -688,7 +688,7 @@ def test_edit_loads_in_diffusers_and_gives_our_pictures(edit):
     ours = Model(MINI)
     ours.put(read_edit(edit[0], MINI))
     theirs = pipe("a photo of the airplane", latents=ours.noise([1]), num_inference_steps=5,
-                  guidance_scale=3.0, height=32, width=32, output_type="pt").images
+                  guidance_scale=3.0, height=SIZE, width=SIZE, output_type="pt").images
     picture = ours.draw(["a photo of the airplane"], [1], steps=5, guidance=3.0)
     assert (picture - theirs.float()).abs().max() <= 1 / 255
     before = Model(MINI).draw(["a photo of the airplane"], [1], steps=5, guidance=3.0)

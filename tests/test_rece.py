@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import rece
 from erasing import Pair, edited
-from helpers import AIRPLANE, MINI, random
+from helpers import AIRPLANE, MINI, SIZE, random
 from plumbing import UserError
 from plumbing.edits import about_edit, cross_attention, gram, read_edit, write_edit
 from rece import Settings, derive, erase_rows, iterate, regained
@@ -162,9 +162,12 @@ def model():
 
 
 def sheet(path):
-    """A grid's cells of 32 pixels, tripled, as [rows, columns, 3, 32, 32] in [0, 1]."""
+    """A grid's cells, enlarged, as [rows, columns, 3, SIZE, SIZE] in [0, 1]."""
     pixels = torch.from_numpy(np.array(PIL.Image.open(path))).permute(2, 0, 1)[:, 2:, 2:]
-    return pixels.unfold(1, 98, 98).unfold(2, 98, 98)[..., 1:96:3, 1:96:3].permute(1, 2, 0, 3, 4) / 255
+    zoom = max(1, 96 // SIZE)
+    step = zoom * SIZE + 2
+    cells = pixels.unfold(1, step, step).unfold(2, step, step)[..., :step - 2:zoom, :step - 2:zoom]
+    return cells.permute(1, 2, 0, 3, 4) / 255
 
 
 def test_pictures_of_a_round_are_drawn_from_each_concepts_rows_before_and_after(model, tmp_path):

