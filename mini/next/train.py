@@ -60,7 +60,7 @@ class Recipe:
 
 RECIPES = {
     "tiny": Recipe(5, 16, (8, 16, 16), 5, 4, (16, 32, 32), 5, 8, 16, 32, 1, 5, 16),
-    "laptop": Recipe(2400, 96, (32, 64, 96), 4500, 8, (64, 128, 192), 100_000, 32, 1000, 192, 6, 6000, 128),
+    "laptop": Recipe(2400, 96, (32, 64, 96), 4500, 8, (64, 128, 192), 20_000, 32, 1000, 192, 6, 6000, 128),
 }
 
 
@@ -567,7 +567,7 @@ def train_unet(args, recipe: Recipe) -> bool:
 
     run = Run("unet", net, recipe.unet_steps, 8e-4, 0.01, args, decays=(0.9995, 0.998, 0.9999),
               muon=("down_blocks", "mid_block", "up_blocks"))
-    finished = run.train(loss, held_out, scores=50)
+    finished = run.train(loss, held_out, scores=10)
     write_network(args.out / "unet", "diffusion_pytorch_model.safetensors", run.average,
                   {"_class_name": "UNet2DConditionModel", "act_fn": "silu", **asdict(config)})
     write_json(args.out / "scheduler/scheduler_config.json", {
