@@ -154,5 +154,8 @@ def test_frontier_refuses_bad_flags(refused, small, args, match):
     refused("experiments/frontier.py", *args, "--book", "book.json", cwd=small, match=match)
 
 
-def test_todays_book_has_no_words_to_choose_on(refused, tmp_path):
-    refused("experiments/frontier.py", cwd=tmp_path, match="lists stay and choosing")
+def test_a_book_without_words_to_choose_on_is_refused(refused, tmp_path):
+    classes = {name: {key: entry[key] for key in ("anchor", "synonyms", "associated")}
+               for name, entry in BOOK["classes"].items()}
+    (tmp_path / "book.json").write_text(json.dumps({"classes": classes, "scenes": BOOK["scenes"]}))
+    refused("experiments/frontier.py", "--book", "book.json", cwd=tmp_path, match="lists stay and choosing")
