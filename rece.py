@@ -19,7 +19,8 @@ The last is Eq. 7 again. e′ is 0 or the target ("regularizer"), e_t the target
 s_e and s_p are the settings lam, l1, erase and retain. The authors' λ and rounds, in the units of SD v1.4's
 text space: 1e-1 and 3 for nudity, 1e-1 and 2 for other unsafe concepts, 1e-3 and 1 for styles and hard
 objects, 1e-1 and 1 for easy ones (none where UCE alone does). Nothing guarantees that what is regained falls
-from round to round; it is printed.
+from round to round; it is printed. As here: all rows of the task's prompt, from the second on at the start;
+as coded: of the bare concept, and a start without a target has begin-of-text, too.
 """
 import math
 from dataclasses import dataclass
@@ -96,8 +97,9 @@ def iterate(e: Tensor, e_star: Tensor, stay: Tensor, T: Tensor, G: Tensor, C: Te
         yield before, e_adv, T
 
 
-def draw_rounds(job: Job, W1: dict[str, Tensor], rounds: list, n: int) -> list[str]:
+def draw_rounds(job: Job, given: dict[str, Tensor], W1: dict[str, Tensor], rounds: list, n: int) -> list[str]:
     """round<i>.png and .svg: a row per concept, drawn from what was derived, before and after its erasure.
+    given: the weights of the start, keys and values or others.
     Returns what CLIP sees of the concepts, if the model's folder has one: ["airplane 4/4 → 0/4", …]."""
     model, pairs, said = job.model, job.pairs, []
     clip = CLIP.from_pretrained(model.folder / "clip") if (model.folder / "clip").is_dir() else None
@@ -107,7 +109,7 @@ def draw_rounds(job: Job, W1: dict[str, Tensor], rounds: list, n: int) -> list[s
         rows = e_adv.float().unflatten(0, (len(pairs), -1)).repeat_interleave(n, 0)  # [concepts · n, T, D]
         drawn = []
         for T in (before, after):
-            put_weights(model.unet, edited(W1, T - torch.eye(len(T), dtype=T.dtype)))
+            put_weights(model.unet, given | edited(W1, T - torch.eye(len(T), dtype=T.dtype)))
             drawn.append(model.draw(rows, [job.seed + j for _ in pairs for j in range(n)]))
         drawn = [pictures.unflatten(0, (-1, n)) for pictures in drawn]               # [concepts, n, 3, H, W]
         write_sheet(job.folder / f"round{i}.png", *drawn)
@@ -157,7 +159,7 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     job.report |= {"regained": shares, "left": left}
 
     def draw() -> None:
-        said = job.report["rounds"] = draw_rounds(job, W1, rounds, job.args.n)
+        said = job.report["rounds"] = draw_rounds(job, given, W1, rounds, job.args.n)
         if said:
             print("drawn from what was derived, before → after its erasure", *said, sep="\n")
         job.clock("pictures of the rounds")

@@ -18,7 +18,7 @@ anchor (--anchor is not looked at), nothing that must stay.
 
 As published: 1,000 steps of Adam at 1e-5, one latent each, drawn with guidance 3; η = 1.
 As coded (the first code): z is 50 steps' DDIM stopped at step t_enc, but the sampler leaves out its first
-    step and stops one late, so z lies two steps below t_enc. The network is told a time within t_enc's step:
+    step and stops late, so that z lies two steps below t_enc. The network is told a time within t_enc's step:
     39 to 58 too noisy. ESD-u leaves out time embedding, last norm and last convolution.
 As here: the same; `as_published=false` tells z's own time. `steps` are the model's own if not set: 50 for SD,
     25 for mini, where a step is twice as long, and the time told 79 to 118 too noisy. The authors' second

@@ -5,9 +5,9 @@ Paper: Lu et al. 2024, "MACE: Mass Concept Erasure in Diffusion Models". Written
     python baselines/mace.py --concept airplane --anchor sky
     python baselines/mace.py --concept airplane --anchor sky --set lora_steps=0      # the closed form alone
 
-Stage 1 moves the rows e of 30 prompts, but the concept's own, to the anchor's, e*. Stage 2 trains a LoRA B A
-for each matrix, until no layer's attention A_l goes to the concept's tokens where the concept is, M. Stage 3
-fuses it into W'; G = Σ e eᵀ over all rows of the 30 prompts.
+Stage 1 moves the rows e of 30 prompts (of other tasks the template and the bare word), but the concept's own,
+to the anchor's, e*. Stage 2 trains a LoRA B A for each matrix, until no layer's attention A_l goes to the
+concept's tokens where the concept is, M. Stage 3 fuses it into W'; G = Σ e eᵀ over all rows of the prompts.
 
     W' = W (I + Σ (e* − e) eᵀ (λ I + Σ e eᵀ)⁻¹),   L = Σ ‖A_l ⊙ M‖_F,   W'' = W' + B A · G (λ I + G)⁻¹
 

@@ -11,7 +11,7 @@ Nothing is trained and no weight changes: the folder holds run.json and pictures
 step, ε_s of the safety text beside ε_u of "" and ε_c of the prompt, says where the concept would lead.
 Elementwise, with d = ε_c − ε_s, signed, and the sampler's guidance scale s_g:
 
-    μ = min(1, s_S |d|) where d < λ, else 0                       Eq. (6)
+    μ = min(1, s_S |d|) where d < λ, else 0                       Eqs. (5), (6)
     γ = μ (ε_s − ε_u) + s_m ν                                     Eq. (4), (7)
     ν ← β_m ν + (1 − β_m) γ, at first 0                           Eq. (8)
     ε = ε_u + s_g (ε_c − ε_u − γ), from step δ on                 Eq. (3)

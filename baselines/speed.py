@@ -3,13 +3,13 @@
 Paper: Li et al. 2026, "SPEED: Scalable, Precise, and Efficient Concept Erasure for Diffusion Models" (ICLR).
 Of the value matrices alone, with columns t of the concepts and a of their anchors,
 
-    min mean ‖(W₀ + Δ) t − W₀ a‖² + s_r ‖Δ‖²    so that    Δ B = 0,  Δ K₂ = 0
+    min Σ ‖(W₀ + Δ) t − W₀ a‖² + s_r ‖Δ‖²    so that    Δ B = 0,  Δ K₂ = 0      Σ: mean over concepts
 
 B: eigenvectors of R, the mean of r rᵀ over what must stay, whose eigenvalues reach a threshold. K₂: columns
 of "", its first row and three centres of the others. N: a basis of what is orthogonal to B and K₂. So
 Δ = X Nᵀ, and the gradient in X is 0 for
 
-    Δ = W₀ (A − T) N (Nᵀ T N + s_r I)⁻¹ Nᵀ,    T = mean t tᵀ,  A = mean a tᵀ                [out, D]
+    Δ = W₀ (A − T) N (Nᵀ T N + s_r I)⁻¹ Nᵀ,    T = Σ t tᵀ,  A = Σ a tᵀ                      [out, D]
 
 The paper's W₀ (A − T) P [I − M K₂ (K₂ᵀ P M K₂ + λ I)⁻¹ K₂ᵀ P] M, with P = I − B Bᵀ and M = (T P + s_r I)⁻¹,
 is the same for λ = 0, but its inner inverse fails where P leaves nearly nothing of a column of K₂.
@@ -23,9 +23,10 @@ It trains nothing, and needs text encoder and matrices alone. Coded, and if not 
     t, a     the last token of the bare word (for "nudity" all rows but the first: as rows=tail, nearly)
     r        last tokens of a list, here --retain; without one all rows of "" but the first
     filter   of r stay those with ‖W_e r‖ above the mean, W_e = W₀ (A − T)(I + T)⁻¹; for one concept
-             |tᵀ r|, in all layers. as_published=false or filter=false: all
-    noise    copies r + z v, z ~ N(0, 1), v what W₀ shrinks most, those with ‖W_e r‖ above the copies' mean
-             (there of each 128 rows, here of all). as_published=false or aug_num=0: none
+             |tᵀ r|, in all layers. filter=false: all; as_published=false leaves out filter and noise, though
+             both are the paper's
+    noise    copies r + z v, z ~ N(0, 1), v what W₀ shrinks most of its row space, those with ‖W_e r‖ above
+             the copies' mean (there of each 128 rows, here of all). as_published=false or aug_num=0: none
     threshold  0.1 (paper: "zero"), in squared units of the text encoder: it means other things on other
              models. A row's square is some 768 in SD v1.4, 256 in mini, where 0.1 does, too
     K₂, λ    k-means from random rows, here from --seed and kept in K2.safetensors; λ = 0

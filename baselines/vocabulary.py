@@ -10,7 +10,7 @@ then rows of the end of the text, nearly copies of each other. By its cosine to 
 
     E = e, the words with a cosine ≥ threshold, and --also       go to the anchor, e*
     K = the words that come next, `contrast` of them             stay, μ each: near, but no part of it
-    P = all other words, "" and --keep                           stay
+    P = all words that do not go, "" and --keep                  stay
 
     Δ = reach Σ (e* − e) eᵀ B⁻¹,    B = Σ e eᵀ + μ Σ k kᵀ + λ1 G + λ2 I
 
@@ -165,7 +165,8 @@ def erase_with_words(pairs: list[Pair], vocabulary: Vocabulary, stay: Tensor, s:
 
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     job.larger = {"ridge": "lambda2", "stay": "lambda1"}
-    file = Path("out/vocabulary") / f"{model_name(job.model_folder)}-{job.task}.safetensors"
+    name = f"{model_name(job.model_folder)}-{job.task}-{text_hash(job.model_folder)[:10]}"
+    file = Path("out/vocabulary") / f"{name}.safetensors"
     vocabulary = vocabulary_of(job.args.vocabulary or file, job.text, job.model_folder, job.task)
     job.clock("vocabulary")
     also, keep = ([" ".join(name.lower().split()) for name in names or ()]           # CLIP reads no capitals
@@ -191,4 +192,4 @@ if __name__ == "__main__":
         "--also": {"action": "append", "metavar": "NAME", "help": "goes with the concept; may be repeated"},
         "--keep": {"action": "append", "metavar": "NAME", "help": "stays; may be repeated"},
         "--vocabulary": {"type": Path, "help": "file of the model's words, made if it is not there "
-                                               "(default out/vocabulary/MODEL-TASK.safetensors)"}})
+                                               "(default out/vocabulary/MODEL-TASK-HASH.safetensors)"}})

@@ -28,11 +28,11 @@ def attention_of(unet: nn.Module) -> Iterator[list[Tensor]]:
 
 def concept_columns(tokenizer, template: str, concept: str, padding: bool) -> list[int]:
     """The tokens of template.format(concept) that are the concept's own, the end token, and with `padding`
-    all after it: found by their places, as some models pad with the end token and some with "!"."""
+    all end tokens after it: SD v1's padding is of these, SD v2's is not."""
     start = 1 + tokenizer.count(template.partition("{}")[0])      # 0 is begin-of-text
     end = 1 + tokenizer.count(template.format(concept))
-    return [*range(start, start + tokenizer.count(concept)),
-            *range(end, tokenizer.length if padding else end + 1)]
+    ends = (tokenizer([template.format(concept)])[0] == tokenizer.eos).nonzero()[:, 0].tolist()
+    return [*range(start, start + tokenizer.count(concept)), *(ends if padding else [end])]
 
 
 def sides_of(pixels: int, height: int, width: int) -> tuple[int, int]:

@@ -22,9 +22,11 @@ class Recipe:
     start: "Recipe | None" = None                                 # the edit that it goes on from: --edit
 
     def text(self) -> list:
-        """All that the edit depends on, the method's own file included, but for model and machine."""
-        code = hashlib.sha256((ROOT / self.method).read_bytes()).hexdigest()
-        return [self.method, code, self.concept, self.flags, self.start and self.start.text()]
+        """All that the edit depends on, the method's own file and the book included, but for model and
+        machine, and for the modules that the methods share."""
+        code, words = (hashlib.sha256(path.read_bytes()).hexdigest()
+                       for path in (ROOT / self.method, CHOSEN[0]))
+        return [self.method, code, words, self.concept, self.flags, self.start and self.start.text()]
 
     def folder(self, out: Path, base: str) -> Path:
         """Where it lies: named by a hash of all that it depends on. base: the model's hash."""
@@ -50,11 +52,12 @@ def recipe(method: str, concept: str, settings: list[str] = (), seed: int = 0, d
                   start)
 
 
-def make_edits(recipes: list[Recipe], out: Path, base: str, model: str, device: str) -> None:
+def make_edits(recipes: list[Recipe], out: Path, base: str, model: str, device: str,
+               may_fail: bool = False) -> None:
     """Let the methods make every edit that is not there yet, dealt to the processes. Raises UserError with
-    what a method said if it failed."""
+    what a method said if it failed; may_fail: that is a warning."""
     if starts := [one.start for one in recipes if one.start]:
-        make_edits(starts, out, base, model, device)
+        make_edits(starts, out, base, model, device, may_fail)
     wanted = {one.folder(out, base): one for one in recipes}      # equal ones once
     # neighbors in this order take about as long, so each process gets its part of the slow ones
     in_turn = sorted(wanted, key=lambda folder: (wanted[folder].method, wanted[folder].flags,
@@ -69,5 +72,8 @@ def make_edits(recipes: list[Recipe], out: Path, base: str, model: str, device: 
                               env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"})     # each is alone
         if done.returncode:
             said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise UserError(f"erasing {one.concept} failed: {said.removeprefix('error: ')}")
+            said = f"erasing {one.concept} failed: {said.removeprefix('error: ')}"
+            if not may_fail:
+                raise UserError(said)
+            print(f"warning: {said} ({Path(one.method).stem} {' '.join(one.flags)})", file=sys.stderr)
     barrier()

@@ -165,8 +165,35 @@ def doubts(pairs, model: Path, count) -> list[str]:
 
 
 def prompt_of(name: str, task: str = "object") -> str:
-    """A name in the task's template; a phrase of four words or more stands by itself."""
-    return TASKS[task][0].format(name) if len(name.split()) < 4 else name
+    """A name in the task's template; a phrase, the book's or of four words or more, stands by itself."""
+    entries = [some for entry in book()["classes"].values() for some in (entry, entry.get("choosing", {}))]
+    phrase = len(name.split()) > 3 or any(name in some.get("associated", ()) for some in entries)
+    return name if phrase else TASKS[task][0].format(name)
+
+
+def meanings() -> dict[str, str]:
+    """Every synonym, phrase and kind of the book's classes -> the class, itself included."""
+    found = {thing["names"][0]: thing["class"] for thing in book().get("things", {}).values()
+             if "class" in thing}
+    for concept, entry in book()["classes"].items():
+        for some in (entry, entry.get("choosing", {})):
+            found |= dict.fromkeys([*some.get("synonyms", ()), *some.get("associated", ())], concept)
+    return found | {concept: concept for concept in book()["classes"]}
+
+
+def sights() -> dict[str, str]:
+    """What a picture may be seen as, {name: its class, or itself}: classes, then what else the book says that
+    the model draws, or what is watched beside the classes, and scenes."""
+    known, classes, meant = book(), book()["classes"], meanings()
+    names = [thing["names"][0] for thing in known.get("things", {}).values() if thing.get("drawn", True)] or [
+        meant.get(name, name) for entry in classes.values()
+        for name in [*entry.get("stay", []), *entry.get("disputed", []), entry.get("far", "")] if name]
+    return {name: meant.get(name, name) for name in [*classes, *names, *known["scenes"]]}
+
+
+def other_sights() -> list[str]:
+    """Those of `sights` that belong to no class."""
+    return [name for name, what in sights().items() if name == what and name not in book()["classes"]]
 
 
 def nouns(kind: str) -> list[str]:
@@ -278,18 +305,18 @@ def row_prompts(concept: str, task: str, seeds: range, erased=()) -> dict[str, l
 
 
 def names_to_choose(pairs, task: str = "object") -> list[str]:
-    """What CLIP chooses among when an edit is looked at: classes and scenes, or the task's names, concepts
-    and anchors."""
+    """What CLIP chooses among when an edit is looked at: classes, other things and scenes, or the task's
+    names, concepts and anchors."""
     named = [name for pair in pairs for name in (pair.concept, pair.anchor) if name]
-    known = [*book()["classes"], *book()["scenes"]] if task == "object" else ASSOCIATED.get(task, ())
+    known = [*book()["classes"], *other_sights()] if task == "object" else ASSOCIATED.get(task, ())
     return list(dict.fromkeys([*known, *named]))
 
 
 def choices(task: str) -> tuple[list[str], list[str]]:
-    """What CLIP chooses among: names, and prompts: first theirs, then those of what serves as an anchor."""
+    """What CLIP chooses among: names, and prompts: first theirs, then those of anchors and other things."""
     template, anchor = TASKS[task]
     names = [*(ASSOCIATED.get(task) or book()["classes"])]
-    anchors = [anchor] if task in ASSOCIATED else [template.format(x) for x in book()["scenes"]]
+    anchors = [anchor] if task in ASSOCIATED else [template.format(x) for x in other_sights()]
     return names, [template.format(name) for name in names] + anchors
 
 

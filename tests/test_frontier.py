@@ -11,7 +11,8 @@ import torch
 from experiments import frontier
 from plumbing import making
 from plumbing.cli import parse_settings
-from plumbing.prompts import use_book
+from plumbing.prompts import meanings, sights, use_book
+from plumbing.stats import wilson
 from starts import finished
 
 BOOK = {"classes": {name: {"anchor": "ground", "synonyms": [synonym], "associated": [phrase], "stay": stay,
@@ -22,7 +23,8 @@ BOOK = {"classes": {name: {"anchor": "ground", "synonyms": [synonym], "associate
                         ("dog", "hound", "puppy", "barking at the postman", ["cat", "deer"]),
                         ("ship", "vessel", "ferry", "sailing on the waves", ["truck", "frog"]))},
         "scenes": ["ground", "sea"]}
-SMALL = ["--n", 1, "--steps", 4, "--choose-n", 1, "--device", "cpu", "--out", "o", "--book", "book.json"]
+SMALL = ["--n", 1, "--steps", 4, "--choose-n", 1, "--choose-steps", 4, "--device", "cpu", "--out", "o",
+         "--book", "book.json"]
 
 
 @pytest.fixture
@@ -34,10 +36,9 @@ def small(tmp_path):
 
 
 def test_what_is_asked_and_among_what_clip_chooses(small, text):
-    assert frontier.names_to_see() == [
-        "cat", "dog", "ship", "horse", "truck", "deer", "frog", "ground", "sea"]
-    assert [frontier.meant(name) for name in ("cat", "puppy", "purring in the dark again", "truck")] == [
-        "cat", "dog", "cat", "truck"]
+    assert list(sights()) == ["cat", "dog", "ship", "horse", "truck", "deer", "frog", "ground", "sea"]
+    assert [meanings().get(name) for name in ("cat", "puppy", "purring in the dark again", "truck")] == [
+        "cat", "dog", "cat", None]
     groups = frontier.asked("cat", "reported", text)
     assert groups["synonyms"] == [("cat", "a photo of the feline")]
     assert groups["phrases"] == [("cat", "purring in the dark")]
@@ -51,9 +52,9 @@ def test_what_is_asked_and_among_what_clip_chooses(small, text):
 
 def test_shares_are_of_what_was_right_before(small, monkeypatch):
     """Made-up sights in place of pictures; each share counted by hand."""
-    names, seeds = frontier.names_to_see(), range(7, 10)
+    names, seeds = list(sights()), range(7, 10)
     what = [None, ("closed form", "lambda1=1", 0)]
-    sights = [{}, {}]
+    seen_by = [{}, {}]
     generator = torch.Generator().manual_seed(0)
 
     class Clip:
@@ -63,38 +64,39 @@ def test_shares_are_of_what_was_right_before(small, monkeypatch):
 
     def evaluate(model, clip, jobs, *_, **__):
         for job in jobs:
-            sights[model].setdefault(job, torch.randint(2, (), generator=generator).item() and "dog" or "cat")
-        return {job: torch.eye(len(names))[names.index(sights[model][job])] for job in jobs}
+            dog = torch.randint(2, (), generator=generator).item()
+            seen_by[model].setdefault(job, "dog" if dog else "cat")
+        return {job: torch.eye(len(names))[names.index(seen_by[model][job])] for job in jobs}
 
     monkeypatch.setattr(frontier, "each", lambda *_: ((i, Clip, None) for i in range(2)))
     monkeypatch.setattr(frontier, "evaluate", evaluate)
     args = types.SimpleNamespace(model="mini", out=small, steps=1, batch=None)
-    before, after = frontier.measure([("cat", one) for one in what], "reported", seeds, args)
+    before, after = frontier.measure([("cat", one) for one in what], "reported", seeds, args, 1)
 
     def seen(i, prompt, name):
-        return [sights[i][prompt, seed] == name for seed in seeds]
-    assert after["synonyms"] == pytest.approx(sum(seen(1, "a photo of the feline", "cat")) / 3)
-    assert before["other classes"] == pytest.approx(sum(seen(0, "a photo of the dog", "dog")) / 6)  # no ship
+        return [seen_by[i][prompt, seed] == name for seed in seeds]
+    assert after["synonyms"] == [sum(seen(1, "a photo of the feline", "cat")), 3]
+    assert before["other classes"] == [sum(seen(0, "a photo of the dog", "dog")), 6]               # no ship
     right = [b for a, b in zip(*(seen(i, "a photo of the dog", "dog") for i in (0, 1))) if a]
-    assert 0 < len(right) and after["near"] == pytest.approx(sum(right) / len(right))
-    assert before["far"] == 0 and "far" not in after              # it was never drawn right
+    assert 0 < len(right) and after["near"] == [sum(right), len(right)]
+    assert before["far"] == [0, 3] and "far" not in after         # it was never drawn right
 
 
 def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatch):
     asked = []
 
-    def measure(cells, words, seeds, args):
+    def measure(cells, words, seeds, args, steps):
         """On cat and ship the first strength is best, on dog the second."""
         asked.append((cells, words, seeds))
         good = [what and (what[1] == "reach=1") == (concept != "dog") for concept, what in cells]
-        return [{"concept": 0.1, "synonyms": 0.2 if one else 0.6, "phrases": 0.5, "near": 0.9, "canary": 0.8,
-                 "other classes": 0.9, "drift": 0.0} for one in good]
+        return [{"concept": [1, 10], "synonyms": [1, 5] if one else [3, 5], "phrases": [1, 2],
+                 "near": [9, 10], "canary": [4, 5], "other classes": [9, 10], "drift": 0.0} for one in good]
 
     monkeypatch.setattr(frontier, "measure", measure)
     monkeypatch.setattr(frontier, "ROWS", {row: ("realera.py", [], ["reach=1", "reach=2"]) for row in "ab"})
     monkeypatch.setattr(frontier, "RANDOM", {"b"})
     monkeypatch.setattr(frontier, "measuring_args", lambda parser: argparse.Namespace(
-        row=["a", "b"], concept=None, choose_n=3, n=2, seed=5, out=small / "o"))
+        row=["a", "b"], concept=None, choose_n=3, choose_steps=2, steps=9, n=2, seed=5, out=small / "o"))
     (small / "o").mkdir()
     frontier.main()
     (tries, words, seeds), (cells, reported, others) = asked
@@ -104,7 +106,7 @@ def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatc
     assert got == {(row, concept, strength) for row in "ab"
                    for concept, strength in (("cat", "reach=2"), ("ship", "reach=2"), ("dog", "reach=1"))}
     assert [what[2] for concept, what in cells if what and (what[0], concept) == ("b", "cat")] == [0, 1, 2, 3]
-    table = json.loads((small / "o/frontier.json").read_text())
+    table = json.loads((small / "o/frontier-a+b.json").read_text())
     assert [row["row"] for row in table] == ["untouched", "a", "b"]
     assert table[1]["synonyms"][0] == pytest.approx(60) and table[1]["strength"] == "reach=1; reach=2"
     # 3 / (1/0.9 + 1/0.9 + 1/0.4), and with near things and phrases
@@ -120,11 +122,34 @@ def test_every_row_has_six_strengths_that_its_method_takes(row):
     assert len(made) == len(strengths) == 6
 
 
-def test_an_interval_is_over_cells_and_nothing_is_said_of_nothing():
-    cells = [{"near": x} for x in (0.0, 0.5, 1.0)] + [{}]
-    value, low, high = frontier.interval(cells, lambda some: frontier.mean(some, "near"))
+def test_intervals_draw_classes_and_say_something_at_nothing():
+    cells = [(name, {"near": [right, 10]}) for name, right in (("cat", 0), ("dog", 5), ("ship", 10))]
+
+    def near(some):
+        return frontier.mean(some, "near")
+    value, low, high = frontier.interval([*cells, ("frog", {})], near, "near")
     assert (value, low, high) == (50, 0, 100)
     assert frontier.interval(cells, lambda some: frontier.mean(some, "far")) == "–"
+    none = [(name, {"near": [0, 10]}) for name in ("cat", "dog")]
+    value, low, high = frontier.interval(none, near, "near")
+    assert value == low == 0 and high == pytest.approx(100 * wilson(0, 20)[1], abs=0.01)
+    # four edits of a class are one class, not four: as wide as with one edit each
+    many = [cell for cell in cells for _ in range(4)]
+    assert frontier.interval(many, near) == frontier.interval(cells, near)
+    # what differs by the same in each class differs for certain
+    better = [(name, {"near": [counts["near"][0] + 1, 11]}) for name, counts in cells]
+    worse = [(name, {"near": [counts["near"][0], 11]}) for name, counts in cells]
+    assert frontier.interval(better, near, less=worse) == pytest.approx([100 / 11] * 3, abs=0.01)
+
+
+def test_a_strength_whose_edit_fails_is_never_the_best(here, small, monkeypatch, capsys):
+    monkeypatch.setattr(making.subprocess, "run", finished)
+    monkeypatch.setattr(frontier, "ROWS", {"reach": ("realera.py", frontier.CLOSED,
+                                                     ["lambda2=-1", "reach=2"])})
+    here("experiments/frontier.py", "--row", "reach", "--concept", "cat", "dog", *SMALL, cwd=small)
+    assert "warning: erasing cat failed" in capsys.readouterr().err
+    table = json.loads((small / "o/frontier-reach.json").read_text())
+    assert [row["strength"] for row in table] == ["–", "reach=2"]
 
 
 def test_the_command_draws_a_table_and_a_curve_and_goes_on(here, small, monkeypatch, capsys):
@@ -135,15 +160,19 @@ def test_the_command_draws_a_table_and_a_curve_and_goes_on(here, small, monkeypa
     command = ["experiments/frontier.py", "--row", "reach", "UCE", "--concept", "cat", "dog", *SMALL]
     here(*command, cwd=small)
     printed = capsys.readouterr().out
-    tables = [json.loads((small / f"o/{name}.json").read_text()) for name in ("tries", "frontier")]
+    names = [f"{name}-reach+UCE" for name in ("tries", "frontier", "cells")]
+    tables = [json.loads((small / f"o/{name}.json").read_text()) for name in names]
     assert [(row["row"], row["strength"]) for row in tables[0]] == [
         ("reach", "reach=1.25"), ("reach", "reach=4"), ("UCE", "lamb=0.1")]
     assert [row["row"] for row in tables[1]] == ["untouched", "reach", "UCE"] and "| UCE |" in printed
-    drawn = ElementTree.parse(small / "o/frontier.svg").getroot()
+    assert {(cell["class"], cell["row"]) for cell in tables[2]} == {
+        (concept, row) for concept in ("cat", "dog") for row in ("untouched", "reach", "UCE")}
+    assert tables[2][-1]["class"] == "dog" and tables[2][-1]["synonyms"].endswith(" of 1")
+    drawn = ElementTree.parse(small / "o/frontier-reach+UCE.svg").getroot()
     assert {"reach", "UCE"} <= {element.text for element in drawn.iter()}
     made = sorted(path.name for path in (small / "o/edits").iterdir())
     here(*command, cwd=small)
-    assert [json.loads((small / f"o/{name}.json").read_text()) for name in ("tries", "frontier")] == tables
+    assert [json.loads((small / f"o/{name}.json").read_text()) for name in names] == tables
     assert sorted(path.name for path in (small / "o/edits").iterdir()) == made and len(made) == 6
 
 

@@ -177,13 +177,19 @@ def test_pictures_of_a_round_are_drawn_from_each_concepts_rows_before_and_after(
     pairs = [Pair(name.split()[-1], "sky", row, row, 5, 5, 27, 0) for name, row in zip(names, e)]
     same = torch.eye(width, dtype=torch.float64)
     job = types.SimpleNamespace(folder=tmp_path, model=model, pairs=pairs, seed=7, task="object")
-    said = rece.draw_rounds(job, W0, [(same, e.flatten(0, 1), 0.2 * same)], 2)
+    said = rece.draw_rounds(job, {}, W0, [(same, e.flatten(0, 1), 0.2 * same)], 2)
     assert [line.split(":")[0] for line in said] == ["round 1, ship", "round 1, cat"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round1.png", "round1.svg"]
     left, right = sheet(tmp_path / "round1.png").split(2, 1)                  # two pictures before, two after
     rece.put_weights(model.unet, edited(W0, 0 * same))
     expected = model.draw([name for name in names for _ in range(2)], [7, 8] * 2).unflatten(0, (2, 2))
     assert (left - expected).abs().max() <= 0.5 / 255 + 1e-6 and (right - left).abs().max() > 0.1
+    other = {"conv_out.bias": model.unet.conv_out.bias.data + 0.3}            # a start beyond keys and values
+    rece.draw_rounds(job, other, W0, [(same, e.flatten(0, 1), 0.2 * same)], 2)
+    rece.put_weights(model.unet, other | edited(W0, 0 * same))
+    expected = model.draw([name for name in names for _ in range(2)], [7, 8] * 2).unflatten(0, (2, 2))
+    now = sheet(tmp_path / "round1.png").split(2, 1)[0]
+    assert (now - expected).abs().max() <= 0.5 / 255 + 1e-6 and (now - left).abs().max() > 0.1
 
 
 # ---- the command ----

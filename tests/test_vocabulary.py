@@ -1,5 +1,6 @@
 """Neighbors read from the tokenizer's words: what goes, what stays, the file, and the solve a second way."""
 import json
+import re
 
 import pytest
 import torch
@@ -143,7 +144,8 @@ def test_the_command_says_what_goes_and_takes_the_users_words(here, refused, tmp
     near = {*report["goes"]["airplane → sky"], *report["near and kept"]["airplane → sky"]}
     assert len(report["near and kept"]["airplane → sky"]) == 50 and not near & measured_words()
     assert "airplane → sky: with it" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "out/vocabulary").iterdir()] == ["mini-object.safetensors"]
+    [file] = (tmp_path / "out/vocabulary").iterdir()
+    assert re.fullmatch(r"mini-object-[0-9a-f]{10}\.safetensors", file.name)
     refused("baselines/vocabulary.py", *AIRPLANE, "--set", "threshold=2", cwd=tmp_path,
             match="a threshold from -1 to 1")
 
