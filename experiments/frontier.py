@@ -29,6 +29,7 @@ error, such as a rate that is too large, is a warning and never the best.
 import math
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -224,6 +225,13 @@ def seeds_of(row: str, concept: str, classes: list[str]) -> range:
     return range(4 if row in RANDOM else 3 if row in TRAINED and concept in classes[:3] else 1)
 
 
+def alike(cells: list[tuple]) -> list[tuple]:
+    """Cells (concept, counts) with numbers divided by how many edits the class has: classes count alike."""
+    times = Counter(concept for concept, _ in cells)
+    return [(concept, {group: x if group == "drift" else [number / times[concept] for number in x]
+                       for group, x in counts.items()}) for concept, counts in cells]
+
+
 def summary(row: str | None, cells: list[tuple], best: list[str], halves: list, reference: list) -> dict:
     """A line of the table: cells (concept, counts) of the row, and of the row to compare with."""
     groups = dict.fromkeys(group for _, counts in cells for group in counts if group != "drift")
@@ -267,8 +275,8 @@ def main() -> None:
     cells += [(c, (row, best[row][1 - k], seed)) for row in args.row for k in (0, 1) for c in halves[k]
               for seed in seeds_of(row, c, classes)]
     found = measure(cells, "reported", range(args.seed, args.seed + args.n), args, args.steps)
-    of_row = {row: [(concept, counts) for (concept, what), counts in zip(cells, found)
-                    if (what and what[0]) == row and counts] for row in (None, *args.row)}
+    of_row = {row: alike([(concept, counts) for (concept, what), counts in zip(cells, found)
+                          if (what and what[0]) == row and counts]) for row in (None, *args.row)}
     table = [summary(row, some, best.get(row, []), halves, of_row.get(REFERENCE, []))
              for row, some in of_row.items() if some]
     if RANK == 0:

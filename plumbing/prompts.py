@@ -116,7 +116,7 @@ def drawn_names(known: dict) -> dict[str, str]:
     own = {word: word for word in [*known["scenes"], *known.get("styles", {}).values()]}
     for thing in known.get("things", {}).values():
         if thing.get("drawn", True):                              # an umbrella word is its own
-            own |= {word: word for word in thing["umbrella"]}
+            own |= {word: word for word in thing.get("umbrella", ())}
             own |= dict.fromkeys(thing["names"], thing["names"][0])
     for name, entry in known.get("characters", {}).items():
         own |= dict.fromkeys(entry["associated"], name)

@@ -123,6 +123,11 @@ def test_a_book_of_things_says_what_is_drawn_and_what_is_only_read(text, monkeyp
     listed = prompts.listed()
     assert "pizza, police car" in listed and "santa claus (delivers presents at christmas)" in listed
     assert "styles: noto, noto classic" in listed and "mango" not in listed
+    seen = prompts.sights()                                       # what CLIP may answer
+    assert seen["taxi"] == "automobile" and seen["pizza"] == "pizza" and "mango" not in seen
+    assert list(seen)[0] == "airplane" and not {"taxi", "cat"} & {*prompts.other_sights()} and "lion" in seen
+    assert prompts.prompt_of("antonov an-225 mriya") == "antonov an-225 mriya"
+    assert prompts.prompt_of("bow and arrow") == "a photo of the bow and arrow"
 
 
 def test_concepts_of_a_file_have_anchors_and_the_folder_a_short_name(here, tmp_path):

@@ -136,6 +136,9 @@ def test_intervals_draw_classes_and_say_something_at_nothing():
     # four edits of a class are one class, not four: as wide as with one edit each
     many = [cell for cell in cells for _ in range(4)]
     assert frontier.interval(many, near) == frontier.interval(cells, near)
+    thrice = [*cells, cells[0], cells[0]]                         # a class with three edits counts once
+    assert frontier.interval(frontier.alike(thrice), near)[0] == pytest.approx(50)
+    assert frontier.interval(thrice, near)[0] == pytest.approx(30)
     # what differs by the same in each class differs for certain
     better = [(name, {"near": [counts["near"][0] + 1, 11]}) for name, counts in cells]
     worse = [(name, {"near": [counts["near"][0], 11]}) for name, counts in cells]
