@@ -95,7 +95,8 @@ class Model:
         self.scheduler = Scheduler.from_pretrained(folder / "scheduler")
         if self.scheduler.config.prediction_type == "v_prediction":        # SD 2.1's: from now on it gives ε
             self.unet.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
-        self.defaults = defaults(folder) | ({} if size is None else {"size": size})
+        own = defaults(folder, widths.sample_size * self.vae.factor)                 # 64 · 8; SD 2.1: 96 · 8
+        self.defaults = own | ({} if size is None else {"size": size})
         size = self.defaults["size"]
         self.size = (size, size) if isinstance(size, int) else size
         for side in self.size:                                    # a latent pixel is a square of them

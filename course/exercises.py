@@ -25,8 +25,9 @@ to the end (not in 5, 6 and 7); an error, where any exception will do; and a rul
 right gives all points. A number may be off by a millionth of the largest one wanted, on a CPU or a GPU. In 6
 and 7 the values are your own choice: what counts are the equations and how the radii are distributed.
 
-T tokens, D text width, n rows of a prompt that are edited. ‖e‖, and the cosine of two blocks of rows [n, D],
-are of all n·D numbers at once. Floating-point numbers come in float64, but where a docstring says otherwise.
+T tokens, D text width; e, e*: the n rows of concept and anchor (what is drawn instead) that are edited. ‖e‖,
+and the cosine of two blocks of rows [n, D], are of all n·D numbers at once. Floating-point numbers come in
+float64, but where a docstring says otherwise.
 """
 import math
 import sys

@@ -35,7 +35,7 @@ from plumbing.pictures import grid, write_png
 from plumbing.prompts import PRESERVED, UNRELATED
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-TOKENS, WIDTH = 32, 256  # 27 edited rows × (1 + 5 neighbors) / 256 = 0.63; SD v1.4: 73 × 6 / 768 = 0.57
+TOKENS, WIDTH = 32, 256  # 27 edited rows × (1 + 5 neighbors) / 256 = 0.63; SD v1.4: 72 × 6 / 768 = 0.56
 GUIDANCE, STEPS = 3.0, 25
 
 

@@ -93,10 +93,11 @@ def vae_folder(name: str | Path) -> Path:
     return path / "vae" if path.is_file() or (path / "vae").is_dir() else path
 
 
-def defaults(folder: Path) -> dict:
-    """Guidance, steps and picture size of a model: its `defaults.json`, or SD's."""
+def defaults(folder: Path, size: int = Defaults.size) -> dict:
+    """Guidance, steps and picture size of a model: its `defaults.json`, or SD's numbers and `size`."""
     there = beside(folder / "defaults.json").exists()
-    return dataclasses.asdict(read_config(folder, Defaults, {}, "defaults.json") if there else Defaults())
+    return dataclasses.asdict(read_config(folder, Defaults, {}, "defaults.json") if there
+                              else Defaults(size=size))
 
 
 def fingerprint(folder: Path) -> str:

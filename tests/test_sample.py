@@ -71,6 +71,14 @@ def test_pictures_of_sd_2_1_base_equal_diffusers(sd2):
     same_pictures(Model(sd2), pipe)
 
 
+def test_a_model_without_defaults_draws_in_the_size_it_was_made_for(sd21, tmp_path):
+    """As diffusers has it: SD v1's 64 latent pixels are 512, SD 2.1's 96 are 768."""
+    shutil.copytree(sd21, tmp_path / "model")
+    (tmp_path / "model/defaults.json").unlink()
+    edit_json(tmp_path / "model/unet/config.json", sample_size=12)
+    assert Model(tmp_path / "model").size == (96, 96) and Model(tmp_path / "model", size=64).size == (64, 64)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "pndm"])
 def test_pictures_of_sd_2_1_which_predicts_velocity_equal_diffusers(sd21, sampler):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(sd21)
