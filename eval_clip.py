@@ -192,13 +192,13 @@ def summary(rows: list[dict[str, Tensor]]) -> dict[str, list[float]]:
     100, too; everything else is bootstrapped. The average H_o is the mean of the rows' H_o, as in Table 1.
     """
     found = {}
-    for group in rows[0]:
-        x = torch.cat([row[group].double() for row in rows])
-        value = sum(row[group].double().mean().item() for row in rows) / len(rows)
-        if len({len(row[group]) for row in rows}) == 1 and bool(((x == 0) | (x == 1)).all()):
+    for group in dict.fromkeys(group for row in rows for group in row):              # a class may have none
+        some = [row[group].double() for row in rows if group in row]
+        x, value = torch.cat(some), sum(x.mean().item() for x in some) / len(some)
+        if len(set(map(len, some))) == 1 and bool(((x == 0) | (x == 1)).all()):
             low, high = wilson(value, len(x))
         else:
-            low, high = bootstrap([{group: row[group]} for row in rows], lambda m: m[group])
+            low, high = bootstrap([{group: x} for x in some], lambda m: m[group])
         found[f"Acc_{group}"] = [value, low, high]
     means = [{group: x.double().mean().item() for group, x in row.items()} for row in rows]
     found["H_o"] = [sum(map(h_o, means)) / len(rows), *bootstrap(rows, h_o)]
@@ -320,8 +320,8 @@ def write_grids(out: Path, model: Model, weights: dict, prompts: list[str], eras
     steps = args.steps or model.defaults["steps"]
     settings = {"steps": steps, "guidance": model.defaults["guidance"], "dtype": args.dtype}
     what, name = ", ".join(concept for concept, _ in erased), model_name(args.model)
-    write_sheets(out / "grid.png", drawn, some, {"seed": list(seeds), "edit": args.edit, "model": name,
-                                                 "settings": settings},
+    about = {"seed": list(seeds), "edit": list(weights)[1:], "model": name, "settings": settings}
+    write_sheets(out / "grid.png", drawn, some, about,
                  title=f"erased: {what}" if what else f"prompts of {args.prompts.name}",
                  footer=f"{name}: seeds {seeds[0]}–{seeds[-1]}, {steps} steps")
 

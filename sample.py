@@ -319,7 +319,7 @@ def main() -> None:
     settings |= {name: value for name in ("negative", "size", "clip_skip", "vae", "strength")
                  if (value := getattr(args, name)) or name == "strength" and value is not None}
     name = model_name(args.model)
-    write_sheets(out, drawn, args.prompts, {"seed": list(seeds), "edit": args.edit, "model": name,
+    write_sheets(out, drawn, args.prompts, {"seed": list(seeds), "edit": names, "model": name,
                                             "settings": settings}, footer=f"{name}: {how}")
     print(f"{out}  {how}, {seconds:.2f} s per picture\n{out.with_suffix('.svg')}  the same with labels")
 

@@ -32,7 +32,7 @@ from erasing import Job, run
 from plumbing import UserError
 from plumbing.attention import attention_of, concept_columns
 from plumbing.prompts import TASKS
-from plumbing.training import descend, drawn_latents, learnable, noisy, predict
+from plumbing.training import begin, descend, drawn_latents, noisy, predict
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def resteering(seen: list[Tensor], columns: list[int]) -> Tensor:
 
 
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
-    job.trained, model, template = True, job.model, TASKS[job.task][0]
-    W = learnable(model.unet, [name for name, _ in model.unet.named_parameters()
+    model, template = job.model, TASKS[job.task][0]
+    W = begin(job, [name for name, _ in model.unet.named_parameters()
                                if s.trains == "unet" or ".attn2." in name])
     seeds, generator = [job.seed + i for i in range(s.pictures)], torch.Generator().manual_seed(job.seed)
     z0 = [drawn_latents(model, template.format(pair.concept), seeds) for pair in job.pairs]

@@ -33,7 +33,7 @@ from erasing import Job, run
 from plumbing import UserError
 from plumbing.progress import progress
 from plumbing.prompts import TASKS, preserved_prompts
-from plumbing.training import descend, drawn_latents, learnable, noisy, predict
+from plumbing.training import begin, descend, drawn_latents, noisy, predict
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def consolidation(W: dict[str, Tensor], W0: dict[str, Tensor], F: dict[str, Tens
 
 
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
-    job.trained, model, template = True, job.model, TASKS[job.task][0]
-    W = learnable(model.unet, [name for name, _ in model.unet.named_parameters()
+    model, template = job.model, TASKS[job.task][0]
+    W = begin(job, [name for name, _ in model.unet.named_parameters()
                                if s.trains == "unet" or ".attn2." not in name])
     W0 = {name: w.detach().clone() for name, w in W.items()}
     seeds, generator = [job.seed + i for i in range(s.surrogates)], torch.Generator().manual_seed(job.seed)

@@ -33,7 +33,7 @@ from plumbing.edits import (about_edit, base_hash, cross_attention, erased_by, g
                             read_edit)
 from plumbing.models import fingerprint, model_folder
 from plumbing.pictures import write_sheet
-from plumbing.prompts import TASKS, book, row_prompts
+from plumbing.prompts import CHOSEN, TASKS, book, row_prompts
 from plumbing.results import RANK, barrier, evaluate, rates
 from plumbing.stats import as_markdown, wilson, write_tables
 from plumbing.weights import check_tensors, put_weights
@@ -239,8 +239,9 @@ def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[d
     if model.worn.drawing and white:
         raise UserError("this edit is of a method that acts while a picture is drawn, and what sees weights "
                         f"alone cannot attack it ({', '.join(white)}): give --attack {' '.join(BLACK_BOX)}")
-    settings = [fingerprint(model.folder), base_hash(target.W), str(model.dtype), model.defaults, target.task,
-                target.concept, target.seed, target.budget, target.length]
+    settings = [*map(fingerprint, (model.folder, CHOSEN[0], Path(__file__))), base_hash(target.W),
+                str(model.dtype), model.defaults, target.task, target.concept, target.anchor, target.seed,
+                target.budget, target.length]
     place = folder / "found" / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     seeds = range(args.seed, args.seed + args.n)
     choosing = range(args.seed + args.n, args.seed + args.n + args.choose)
@@ -283,10 +284,9 @@ def attack(target: Target, clip, names: list[str], folder: Path, args) -> list[d
 def main() -> None:
     parser = program(__doc__)
     parser.add_argument("--edit", help=EDIT)
-    parser.add_argument("--concept", help="what to bring back, if the edit does not say it; without --edit "
-                                          "the untouched model is attacked, as a check")
-    parser.add_argument("--attack", nargs="+", choices=["all", *ATTACKS], default=["all"],
-                        help="which (default: all)")
+    parser.add_argument("--concept", help="what to bring back; without --edit from the untouched model")
+    parser.add_argument("--task", choices=TASKS, default="object", help="what --concept is (default object)")
+    parser.add_argument("--attack", nargs="+", choices=["all", *ATTACKS], default=["all"], help="which")
     parser.add_argument("--budget", type=int, default=100, help="steps of prefix and tokens (default 100)")
     parser.add_argument("--choose", type=int, default=4, help="pictures to choose a candidate by (default 4)")
     args = measuring_args(parser)
@@ -294,7 +294,7 @@ def main() -> None:
         raise UserError("give --edit out/NAME, or --concept NAME to attack the untouched model")
     at_least_1(args, "budget", "choose")
     device, folder = pick_device(args.device), model_folder(args.model)
-    erased = erased_by([args.edit], [args.concept] if args.concept else [])
+    erased = erased_by([args.edit], [args.concept] if args.concept else [], args.task)
     about = about_edit(args.edit) if args.edit else {}
     anchors = dict(zip(about.get("concepts", []), about.get("anchors", [])))
     text = Text(folder, device)

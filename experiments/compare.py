@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from eval_clip import judge, outcomes, summary
 from experiments.attack import ATTACKS, Target, attack
 from plumbing import UserError, svg
-from plumbing.cli import DTYPES, WORLD, at_least_1, command_line, measuring_args, pick_device, program
+from plumbing.cli import (DTYPES, WORLD, at_least_1, command_line, measuring_args, pick_device, program,
+                          slug)
 from plumbing.edits import base_hash, cross_attention, read_edit
 from plumbing.making import Recipe, make_edits, recipe
 from plumbing.models import model_folder
@@ -39,7 +40,8 @@ def recipe_of(method: str, concept: str, dtype: str) -> Recipe:
 
 def plot(rows: list[dict], names: list[str]) -> svg.Drawing:
     """To the right, other classes lost; upwards, what the strongest of the attacks gets back."""
-    points = {row["method"]: [(100 - row["Acc_s"][0], max(row[name][0] for name in names))] for row in rows}
+    points = {row["method"]: [(100 - row["Acc_s"][0],
+                               max(row[name][0] for name in ("plain", *names) if name in row))] for row in rows}
     return svg.scatter(points, "other classes lost, 100 − Acc_s (%)", "strongest attack's success (%)")
 
 
@@ -61,25 +63,26 @@ def main() -> None:
     folder, device = model_folder(args.model), pick_device(args.device)
     W0 = cross_attention(folder)
     base, seeds = base_hash(W0), range(args.seed, args.seed + args.n)
-    model, clip = Model(folder, device, DTYPES[args.dtype]), judge(args.clip, folder, device)
     rows, recipes = [], {(m, c): recipe_of(m, c, args.dtype) for m in METHODS for c in args.concept}
+    clip = judge(args.clip, folder, device)                       # that it is there is known before the edits
     make_edits(list(recipes.values()), args.out, base, args.model, args.device)
+    model = Model(folder, device, DTYPES[args.dtype])
     for method in METHODS:
         counted, returned = [], {name: [] for name in ("plain", *args.attack)}
         for concept in args.concept:
             W = read_edit(recipes[method, concept].folder(args.out, base), folder, model.text)
             model.put(W)
             jobs = [job[1:] for group in row_prompts(concept, "object", seeds).values() for job in group]
-            found = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch,
-                             what=f"{method}, {concept}")
+            keep = args.out / "pictures" / slug(method) / concept if args.keep_pictures else None
+            found = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch, keep,
+                             f"{method}, {concept}")
             counted.append(outcomes(clip, concept, found, seeds)["top-1"])
             target = Target(model, W0, W, concept, "object", args.seed, args.budget)
-            for row in attack(target, clip, args.attack, args.out / "attacks", args):
+            for row in attack(target, clip, args.attack, args.out / "attacks" / slug(method), args):
                 returned[row["attack"]].append(row["success"][0] / 100)
-        success = {name: sum(x) / len(x) for name, x in returned.items()}
-        pictures = args.n * len(args.concept)
+        success = {name: (sum(x) / len(x), args.n * len(x)) for name, x in returned.items() if x}
         rows.append({"method": method} | {name: [round(100 * x, 1) for x in (rate, *wilson(rate, pictures))]
-                                          for name, rate in success.items()} | summary(counted))
+                                          for name, (rate, pictures) in success.items()} | summary(counted))
         write_tables(args.out, "robustness", rows)
     svg.write(args.out / "robustness.svg", plot(rows, args.attack))
     print(f"{as_markdown(rows)}\n{len(args.concept)} classes; wrote {args.out}/robustness.*")

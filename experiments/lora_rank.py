@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from eval_clip import CLIP, shown
 from plumbing.cli import at_least_1, command_line, program
-from plumbing.edits import cross_attention, erased_by, read_edit
+from plumbing.edits import erased_by, original, read_edit
 from plumbing.formats import low_rank
 from plumbing.models import MINI
 from plumbing.prompts import prompts_of
@@ -22,7 +22,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
     args = parser.parse_args()
     at_least_1(args, "n", "steps")
-    W, concept, W0 = read_edit(args.edit, MINI), erased_by([args.edit], [])[0][0], cross_attention(MINI)
+    W, concept = read_edit(args.edit, MINI), erased_by([args.edit], [])[0][0]
+    W0 = original(MINI, W)
     model, clip, groups = Model(Path(MINI)), CLIP.from_pretrained(Path(MINI) / "clip"), prompts_of(concept)
     prompts = [prompt for group in groups.values() for prompt in group]
     print(f"| rank | relative error | {' | '.join(f'Acc_{group}' for group in groups)} | pixels off |\n"

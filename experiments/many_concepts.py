@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import edited, make_pairs
 from eval_clip import CLIP, shown
-from plumbing import svg
+from plumbing import UserError, svg
 from plumbing.cli import command_line, program
 from plumbing.disk import refuse_existing
 from plumbing.drift import drifts, mean_share
@@ -62,13 +62,16 @@ def by_text(delta: torch.Tensor, pairs: list, text) -> dict[str, float]:
 
 def main() -> None:
     parser = program(__doc__)
-    parser.add_argument("--n", type=int, default=20, help="pictures a prompt (default 20; 0: text alone)")
+    parser.add_argument("--n", type=int, help="pictures a prompt (default 20; 0: text alone)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
     parser.add_argument("--quick", action="store_true", help="the same as --n 4 --steps 12")
     parser.add_argument("--out", type=Path, default=Path("out/many"), help="folder (default out/many)")
     args = parser.parse_args()
     refuse_existing(args.out, "choose another --out")
-    n, steps = (4, 12) if args.quick else (args.n, args.steps)
+    n = args.n if args.n is not None else 4 if args.quick else 20
+    steps = 12 if args.steps is None and args.quick else args.steps
+    if n < 0 or steps is not None and steps < 1:
+        raise UserError("--n must be at least 0, --steps at least 1")
     model, clip, W0 = Model(MINI), CLIP.from_pretrained(Path(MINI) / "clip"), cross_attention(MINI)
     erased, kept = order()
     rows = []

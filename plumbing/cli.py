@@ -133,7 +133,7 @@ def concept_and_anchor(line: str) -> tuple[str, str | None]:
     """A line of --concepts: "cat → ground", "cat", tab, "ground", "cat, ground", or "cat" (anchor None)."""
     mark = next((mark for mark in ("→", "->", "\t", ",") if mark in line), None)
     concept, _, anchor = line.partition(mark) if mark else (line, None, None)
-    return concept.strip(), anchor and anchor.strip()
+    return concept.strip(), (anchor or "").strip() or None
 
 
 def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str, anchor: str | None):

@@ -31,7 +31,7 @@ def parse_json(text: str, where: str | Path, infinite: bool = False) -> dict:
 
 def read_json(path: str | Path, infinite: bool = False) -> dict:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")         # Windows may begin it with a mark
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: is this a model folder in the diffusers layout?") from None
     except UnicodeDecodeError as error:

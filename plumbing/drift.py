@@ -125,7 +125,8 @@ def drifts(delta: Tensor, pairs, text) -> dict[str, float]:
     classes = book()["classes"]
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
     named |= {word for name in named & classes.keys() for word in classes[name]["synonyms"]}
-    watched = [noun for noun in nouns("watched") if not any(same_word(noun, word) for word in named)]
+    watched = nouns("watched")                                    # if an edit names them all, all of them
+    watched = [noun for noun in watched if not any(same_word(noun, word) for word in named)] or watched
     moved = movement(delta, ["", *(f"a photo of the {noun}" for noun in watched)],
                      lambda prompts: torch.stack(rows_of(prompts, text)))
     return {'drift of ""': moved[0], "median drift of unrelated prompts": statistics.median(moved[1:])}

@@ -101,10 +101,11 @@ def defaults(folder: Path, size: int = Defaults.size) -> dict:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of all that a model's weight files hold; or a file's."""
-    sha, parts = hashlib.sha256(), ("text_encoder", "unet", "vae")
-    weights = [path for part in parts for path in sorted((folder / part).glob("*.safetensors"))]
-    for path in weights or [folder]:
+    """A hash of what a model's folder holds that is drawn with, weights, settings and words; or a file's."""
+    sha, parts = hashlib.sha256(), ("text_encoder", "unet", "vae", "scheduler", "tokenizer")
+    files = [path for part in parts for path in sorted((folder / part).glob("*.*"))
+             if path.suffix in (".safetensors", ".json", ".txt")]
+    for path in files or [folder]:
         sha.update(f"{path.parent.name}/{path.name} {file_hash(path, path.stat().st_mtime_ns)}".encode())
     return sha.hexdigest()
 
@@ -136,7 +137,7 @@ PINNED = {SD: "133a221b8aa7292a167afc5127cb63fb5005638b"}         # results must
 SETTINGS = ["model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*", "defaults.json",
             "*/*.safetensors.index.json",                         # of weights in several files: shards
             "config.json", "vocab.json", "merges.txt", "tokenizer_config.json",
-            "special_tokens_map.json"]                            # the last five: CLIP's own
+            "special_tokens_map.json", "tokenizer.json", "added_tokens.json"]       # the last seven: CLIP's
 WEIGHTS = ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "model"]
 
 

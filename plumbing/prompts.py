@@ -77,7 +77,7 @@ def use_book(path: Path | None) -> None:
             right += [isinstance(text, str) and text.strip() for text in [name, *sum(lists, [])]]
             if not all(right):
                 raise ValueError
-        if len(classes) < 2:
+        if len(classes) < 2 or not all(nouns(kind) for kind in ("preserved", "watched")):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(

@@ -140,6 +140,7 @@ def advice(report: dict, larger: dict[str, str], out: Path) -> list[tuple[str, s
     """(why, command): what these numbers suggest. larger: as in Job."""
     settings, numbers, out = report.get("settings", {}), report.get("numbers", {}), Path(nameless(str(out)))
     found: dict[str, str] = {}                                    # {command: why}, each command once
+    model = "" if report.get("model", "mini") == "mini" else f" --model {shlex.quote(report['model'])}"
 
     def say(why: str, *changes: str) -> None:
         if all(change.partition("=")[0] in settings for change in changes):
@@ -178,7 +179,7 @@ def advice(report: dict, larger: dict[str, str], out: Path) -> list[tuple[str, s
             line = ["python", "baselines/vocabulary.py", "--concept", concept, "--keep", name]
             why = (f"“{name}” goes along, {stays[name]:.2f} of the way. Noise cannot tell it from a synonym; "
                    "words of the vocabulary can, and --keep names it.")
-            found.setdefault(shlex.join(line), why)
+            found.setdefault(shlex.join(line) + model, why)
     rows = [row for row in report.get("table", []) if "after" in row]
     still = [row for row in rows if row["wanted"] in report.get("concepts", ()) and row["after"]["right"]]
     lost = [row for row in rows if row["wanted"] not in report.get("concepts", ())
@@ -191,7 +192,7 @@ def advice(report: dict, larger: dict[str, str], out: Path) -> list[tuple[str, s
         means, tenth = curve["means"], max(1, len(curve["means"]) // 10)
         if sum(means[-tenth:]) > 0.97 * sum(means[:tenth]) and settings.get("lr"):
             say(f"The loss of {name} has not fallen: a larger learning rate.", f"lr={3 * settings['lr']:g}")
-    here = shlex.quote(str(out))
+    here = shlex.quote(str(out)) + model
     found |= {f"python eval_clip.py --edit {here}": "Count with more pictures, beside the untouched model.",
               f"python experiments/attack.py --edit {here}": "See what an adversary gets back."}
     return [(why, line) for line, why in found.items()]

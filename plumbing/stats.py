@@ -45,7 +45,8 @@ def frechet(a: Tensor, b: Tensor) -> float:
 def as_markdown(rows: list[dict]) -> str:
     """Flat rows -> a table; [value, low, high] becomes "12.5 (3.1–30.2)"."""
     def cell(value) -> str:
-        return f"{value[0]:.1f} ({value[1]:.1f}–{value[2]:.1f})" if isinstance(value, list) else str(value)
+        shown = f"{value[0]:.1f} ({value[1]:.1f}–{value[2]:.1f})" if isinstance(value, list) else str(value)
+        return " ".join(shown.split()).replace("|", "\\|")        # of prompts: no line and no cell ends there
 
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, ["---"] * len(names), *([cell(row.get(name, "–")) for name in names] for row in rows)]

@@ -1,4 +1,5 @@
 """Methods × attacks: each method's edit, and the plot."""
+import json
 import re
 from xml.etree import ElementTree
 
@@ -54,3 +55,14 @@ def test_every_method_is_made_by_its_own_script_and_only_once(tmp_path, monkeypa
     assert all(one["settings"]["rounds"] == 1 and one["settings"]["real_prompts"] for one in (rece, both))
     assert rece["start"] is None and both["start"] == trained
     assert all(read_edit(folder, MINI).keys() == cross_attention(MINI).keys() for folder in folders)
+
+
+def test_an_attack_without_candidates_has_no_column(here, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "METHODS", {"closed form": compare.METHODS["closed form"]})
+    monkeypatch.setattr(making.subprocess, "run", starts.finished)
+    here("experiments/compare.py", "--attack", "emoji", "--concept", "cat", "ship", "--n", 1, "--keep-pictures",
+         "--model", quick, cwd=tmp_path)
+    [row] = json.loads((tmp_path / "out/tables/robustness.json").read_text())
+    assert "plain" in row and "emoji" not in row                  # mini has none
+    kept = tmp_path / "out/tables/pictures/closed-form/cat"
+    assert len([*kept.glob("*.png")]) == 1 + 9 + 3 + 4            # concept, others, synonyms, phrases

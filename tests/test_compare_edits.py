@@ -79,7 +79,7 @@ def test_sample_draws_the_untouched_model_and_each_edit_from_the_same_noise(here
     assert (cells[0][0] != cells[0][2]).any() and (cells[0][2] != cells[0][4]).any()
     said = {key: json.loads(value) for key, value in sheet.text.items() if key != "model"}
     assert said["prompt"] == prompts and said["columns"] == ["untouched", "dog", "dog-uce"]
-    assert said["seed"] == [0, 1] and said["edit"] == ["out/dog", "out/dog-uce"]
+    assert said["seed"] == [0, 1] and said["edit"] == ["dog", "dog-uce"]
     assert sheet.text["model"] == "mini" and str(MINI) not in (work / "sheet.svg").read_text("utf-8")
     assert said["settings"]["steps"] == 1 and said["settings"]["sampler"] == "ddim"
     text = (work / "sheet.svg").read_text(encoding="utf-8")

@@ -174,6 +174,13 @@ def test_counts_of_equally_many_pictures_a_row_have_wilsons_interval_of_all():
     assert found["Acc_e"][0] == pytest.approx(100 / 6, abs=0.01) and found["Acc_g"][2] > 0
 
 
+def test_an_average_is_over_the_rows_that_have_the_group():
+    rows = [{"e": torch.zeros(4), "s": torch.ones(4), "g": torch.zeros(4)}, made_up(0), made_up(0)]
+    for some in (rows, rows[::-1]):                               # a book may have a class without phrases
+        found, others = summary(some), summary(rows[1:])
+        assert found["Acc_a"] == others["Acc_a"] and found["Acc_e"][0] < others["Acc_e"][0]
+
+
 def test_one_rows_counts_have_wilsons_interval_and_probabilities_a_bootstrapped_one():
     row = made_up(0) | {"a": torch.full((40,), 0.5)}
     found = summary([row])

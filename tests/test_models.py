@@ -8,19 +8,25 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import MINI
+from helpers import MINI, edit_json
 from plumbing import UserError
 from plumbing.edits import base_hash, cross_attention
 from plumbing.models import SETTINGS, fingerprint, model_folder, snapshot, tokenizer_folder
 
 
-def test_fingerprint_is_of_the_networks_only(tmp_path):
+def test_fingerprint_is_of_what_is_drawn_with(tmp_path):
     """mini/train.py's checkpoints, for instance, are no part of the model."""
     shutil.copytree(MINI, tmp_path / "mini", ignore=shutil.ignore_patterns("work"))
     before = fingerprint(tmp_path / "mini")
     work = tmp_path / "mini" / "work"
     work.mkdir(exist_ok=True)
     save_file({"x": torch.ones(3)}, work / "judge.safetensors")
+    assert fingerprint(tmp_path / "mini") == before
+    settings = tmp_path / "mini/scheduler/scheduler_config.json"
+    said = settings.read_text()
+    edit_json(settings, prediction_type="v_prediction")
+    assert fingerprint(tmp_path / "mini") != before               # or noise would be found again
+    settings.write_text(said)
     assert fingerprint(tmp_path / "mini") == before
     save_file({"x": torch.ones(3)}, tmp_path / "mini/vae/diffusion_pytorch_model.safetensors")
     assert fingerprint(tmp_path / "mini") != before

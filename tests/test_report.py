@@ -133,6 +133,10 @@ def test_advice_does_not_say_where_things_lie_on_this_machine(monkeypatch):
     assert found[0][1] == ("python realera.py --concept cat --model sd --book=book.json --set lambda2=0.1 "
                            "--out cat-lambda2-0.1")
     assert not any("/home" in line for _, line in found) and len(found) == 3
+    found = report.advice(said(model="CompVis/stable-diffusion-v1-4"), LARGER, Path("out/cat"))
+    assert [line for _, line in found] == [
+        f"python {program}.py --edit out/cat --model CompVis/stable-diffusion-v1-4"
+        for program in ("eval_clip", "experiments/attack")]
 
 
 def test_data_in_a_script_cannot_end_it():

@@ -99,6 +99,10 @@ def test_csv_has_three_columns_for_an_interval_and_empty_missing_cells():
     assert back[0]["drift"] == back[1]["H_o"] == back[1]["H_o high"] == "" and back[2]["drift"] == "1"
 
 
+def test_no_prompt_ends_a_cell_or_a_line():
+    assert as_markdown([{"prompt": "a | b\nc"}]).splitlines()[2] == "| a \\| b c |"
+
+
 def test_markdown_has_one_cell_for_an_interval_and_dashes_for_missing_ones():
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in as_markdown(ROWS).splitlines()]
     assert lines == [["erased", "H_o", "drift"], ["---"] * 3, ["cat, and dog", "50.0 (40.2–60.5)", "–"],

@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from erasing import Pair, edited, make_pairs
 from lora import lora_deltas
 from plumbing import UserError
-from plumbing.cli import command_line, program
+from plumbing.cli import BOOK, command_line, program
 from plumbing.disk import refuse_existing, whole_folder
 from plumbing.edits import (about_edit, base_hash, change, cross_attention, read_edit, text_hash, write_edit,
                             write_report)
 from plumbing.models import MINI, model_folder, model_name
-from plumbing.prompts import preserved_prompts
+from plumbing.prompts import preserved_prompts, use_book
 from realera import Settings, erase_in_closed_form
 from sample import Text
 
@@ -98,7 +98,8 @@ def merged(folders: list[str], model: Path, text) -> tuple[dict[str, Tensor], li
                                 f"{first[name]}: edits merge when their closed forms have the same settings")
         # what the metadata say must give what was written, but for the last bit on another machine
         if change(W, weights([made], W0, text)) > 1e-3:
-            raise UserError(f"{made.folder} is not what its settings give here: make it again")
+            raise UserError(f"{made.folder} is not what its settings give here: give the --book that it "
+                            "was made with, or make it again")
     return weights(edits, W0, text), edits
 
 
@@ -108,10 +109,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="edit folder to write (default: out/a+b of their names)")
     parser.add_argument("--overwrite", action="store_true", help="replace it if it exists")
     parser.add_argument("--model", default=MINI, help="the untouched one: folder or hub id (default: mini)")
+    parser.add_argument("--book", type=Path, metavar="FILE", help=f"{BOOK}: what the edits were made with")
     args = parser.parse_args()
+    use_book(args.book)
     if len(args.edits) < 2:
         raise UserError("give two edits or more")
-    folders = sorted(args.edits, key=lambda folder: Path(folder).name)
+    folders = [str(Path(edit).parent) if Path(edit).is_file() else edit for edit in args.edits]
+    folders.sort(key=lambda folder: Path(folder).name)
     out = args.out or Path("out") / "+".join(Path(folder).name for folder in folders)
     refuse_existing(out, overwrite=args.overwrite)
     model = model_folder(args.model)

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--edit", required=True, help="an edit folder such as out/airplane")
     parser.add_argument("--model", default=MINI, help="the untouched one: folder or hub id (default: mini)")
     args = parser.parse_args()
-    prompts, model = lines_of(args.prompts), model_folder(args.model)
+    prompts, model = lines_of(args.prompts, "prompts:"), model_folder(args.model)
     preview(text_change(cross_attention(model), read_edit(args.edit, model)), prompts, Text(model))
 
 
