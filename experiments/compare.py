@@ -40,8 +40,8 @@ def recipe_of(method: str, concept: str, dtype: str) -> Recipe:
 
 def plot(rows: list[dict], names: list[str]) -> svg.Drawing:
     """To the right, other classes lost; upwards, what the strongest of the attacks gets back."""
-    points = {row["method"]: [(100 - row["Acc_s"][0],
-                               max(row[name][0] for name in ("plain", *names) if name in row))] for row in rows}
+    best = {row["method"]: max(row[name][0] for name in ("plain", *names) if name in row) for row in rows}
+    points = {row["method"]: [(100 - row["Acc_s"][0], best[row["method"]])] for row in rows}
     return svg.scatter(points, "other classes lost, 100 − Acc_s (%)", "strongest attack's success (%)")
 
 
