@@ -191,3 +191,4 @@ def test_a_book_without_words_to_choose_on_is_refused(refused, tmp_path):
                for name, entry in BOOK["classes"].items()}
     (tmp_path / "book.json").write_text(json.dumps({"classes": classes, "scenes": BOOK["scenes"]}))
     refused("experiments/frontier.py", "--book", "book.json", cwd=tmp_path, match="lists stay and choosing")
+    use_book(None)
