@@ -36,13 +36,13 @@ from torch import Tensor
 from eval_clip import CLIP
 from lora import lora_off
 from plumbing import UserError
-from plumbing.cli import (DTYPES, Clock, NoFlags, check_export, command_line, erasing_args, lines_of,
-                          pick_device, program, settings_of, slug)
+from plumbing.cli import (DTYPES, Clock, NoFlags, command_line, erasing_args, lines_of, pick_device, program,
+                          settings_of, slug)
 from plumbing.disk import whole_folder
 from plumbing.drift import drifts, presences, preview, rows_of, say_shares, text_change
 from plumbing.edits import (DRAWING, Edit, as_filed, base_hash, change, cross_attention, original,
                             refuse_weights_alone, text_hash, write_edit, write_report)
-from plumbing.formats import export_pipeline, write_lora
+from plumbing.formats import check_export, export_pipeline, write_lora
 from plumbing.models import model_folder, model_name
 from plumbing.prompts import TASKS, anchor_of, doubts, names_to_choose, preserved_prompts, watch_all
 from plumbing.report import recorded, write_page

@@ -55,6 +55,7 @@ class Text:
         if not 0 <= clip_skip < len(layers):
             raise UserError(f"clip skip must lie in 0 … {len(layers) - 1} for {folder}, not {clip_skip}")
         del layers[len(layers) - clip_skip:]
+        self.known: dict[str, Tensor] = {}                        # rows that drift.py asks for repeatedly
 
     @torch.no_grad()
     def __call__(self, prompts: str | list[str]) -> Tensor:

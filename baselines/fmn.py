@@ -59,7 +59,7 @@ def resteering(seen: list[Tensor], columns: list[int]) -> Tensor:
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     model, template = job.model, TASKS[job.task][0]
     W = begin(job, [name for name, _ in model.unet.named_parameters()
-                               if s.trains == "unet" or ".attn2." in name])
+                    if s.trains == "unet" or ".attn2." in name])
     seeds, generator = [job.seed + i for i in range(s.pictures)], torch.Generator().manual_seed(job.seed)
     z0 = [drawn_latents(model, template.format(pair.concept), seeds) for pair in job.pairs]
     columns = [concept_columns(job.text.tokenizer, template, pair.concept, padding=s.as_published)

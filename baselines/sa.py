@@ -88,7 +88,7 @@ def consolidation(W: dict[str, Tensor], W0: dict[str, Tensor], F: dict[str, Tens
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     model, template = job.model, TASKS[job.task][0]
     W = begin(job, [name for name, _ in model.unet.named_parameters()
-                               if s.trains == "unet" or ".attn2." not in name])
+                    if s.trains == "unet" or ".attn2." not in name])
     W0 = {name: w.detach().clone() for name, w in W.items()}
     seeds, generator = [job.seed + i for i in range(s.surrogates)], torch.Generator().manual_seed(job.seed)
     forget, surrogate = ([template.format(word) if word else "" for word in words] for words in zip(

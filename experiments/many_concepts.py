@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from erasing import edited, make_pairs
 from eval_clip import CLIP, shown
 from plumbing import UserError, svg
-from plumbing.cli import command_line, program
+from plumbing.cli import command_line, program, quick_or_full
 from plumbing.disk import refuse_existing
 from plumbing.drift import drifts, mean_share
 from plumbing.edits import cross_attention
@@ -68,8 +68,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/many"), help="folder (default out/many)")
     args = parser.parse_args()
     refuse_existing(args.out, "choose another --out")
-    n = args.n if args.n is not None else 4 if args.quick else 20
-    steps = 12 if args.steps is None and args.quick else args.steps
+    quick_or_full(args)
+    n, steps = args.n, args.steps
     if n < 0 or steps is not None and steps < 1:
         raise UserError("--n must be at least 0, --steps at least 1")
     model, clip, W0 = Model(MINI), CLIP.from_pretrained(Path(MINI) / "clip"), cross_attention(MINI)

@@ -10,18 +10,17 @@ Both choose among the ten classes and the five scenes.
 """
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import edited, make_pairs
 from eval_clip import CLIP
+from mini.next.measure import Judge, eight_pictures, spread
 from mini.train import CLASSES, HERE, RECIPES, Captions, Photos, Run, shifted, to_float, typical
 from plumbing.cli import command_line, pick_device
 from plumbing.edits import cross_attention, read_edit
@@ -36,46 +35,15 @@ PARTS = ["cosines", "photos", "class", "synonym", "associated", "scene",
          "diversity", "frechet", "residue", "cost"]
 
 
-class Judge(nn.Module):
-    """A ResNet of seven convolutions: [B, 3, 32, 32] in [0, 1] -> logits of ten classes and five scenes."""
-
-    def __init__(self, widths=(48, 96, 192)):
-        super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 4, stride=2, padding=1)
-        self.blocks = nn.ModuleList()
-        for c_in, c in zip((widths[0], *widths), widths):
-            stride = 1 if c_in == c else 2
-            self.blocks.append(nn.ModuleDict({
-                "conv1": nn.Conv2d(c_in, c, 3, stride, 1, bias=False), "norm1": nn.GroupNorm(8, c),
-                "conv2": nn.Conv2d(c, c, 3, 1, 1, bias=False), "norm2": nn.GroupNorm(8, c),
-                "skip": nn.Conv2d(c_in, c, 1, stride, bias=False)}))
-        self.head = nn.Linear(widths[-1], 15)
-
-    def features(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem((x - 0.5) / 0.25))
-        for block in self.blocks:
-            h = F.relu(block["norm1"](block["conv1"](x)))
-            x = F.relu(block["norm2"](block["conv2"](h)) + block["skip"](x))
-        return x.mean((2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
-
-    @torch.no_grad()
-    def look(self, x: Tensor) -> Tensor:
-        """Features [N, 192] of any number of pictures, on the CPU."""
-        return torch.cat([self.features(part.to(self.head.weight)).cpu() for part in x.split(500)])
-
-
 def train_judge(args, photos: Photos) -> Judge:
     torch.manual_seed(1)
-    judge = Judge().to(args.device, memory_format=torch.channels_last)
+    judge = Judge((len(CLASSES) + 5,), (48, 96, 192)).to(args.device, memory_format=torch.channels_last)
     x, y = photos.x.to(args.device), photos.y.to(args.device)
 
     def loss(rng: torch.Generator, step: int) -> Tensor:
         rows = torch.randint(len(x), (128,), generator=rng).to(args.device)
         batch = shifted(to_float(x[rows]), 4, rng).contiguous(memory_format=torch.channels_last)
-        return F.cross_entropy(judge(batch), y[rows], label_smoothing=0.1)
+        return F.cross_entropy(judge(batch)[0], y[rows], label_smoothing=0.1)
 
     run = Run("judge", judge, args.steps, 3e-3, 0.05, args, ema=0.995)
     run.train(loss)
@@ -90,11 +58,6 @@ def nearest(a: Tensor, b: Tensor, same: bool = False) -> tuple[Tensor, Tensor]:
         d.fill_diagonal_(torch.inf)
     value, index = d.min(1)
     return value / flat.shape[1], index
-
-
-def spread(features: Tensor) -> float:
-    """Mean distance of two different members of a cloud [n, F]."""
-    return (torch.cdist(features, features).sum() / (len(features) * (len(features) - 1))).item()
 
 
 def cosines(text: Text, book: dict) -> dict[str, list[float]]:
@@ -246,19 +209,10 @@ class Measure:
         """One command as a user runs it, and what is on the disk."""
         if self.args.edit:
             return {}
-        (self.args.work / "cost.png").unlink(missing_ok=True)
-        # its own peak, as Linux counts it: a child's ru_maxrss starts from its parent's
-        code = ("import runpy, sys; sys.argv = sys.argv[1:]; "
-                "runpy.run_path(sys.argv[0], run_name='__main__'); "
-                "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
-        command = [sys.executable, "-c", code, HERE.parent / "sample.py", "a photo of the ship", "--n", "8",
-                   "--device", "cpu", "--model", self.args.model, "--out", self.args.work / "cost.png"]
-        printed, peak = subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE.parent,
-                                       env=os.environ | {"PYTHONPATH": str(HERE.parent)}
-                                       ).stdout.strip().splitlines()
+        seconds, peak = eight_pictures(self.args)
         weights = sum(path.stat().st_size for path in self.args.model.glob("*/*model.safetensors"))
-        return {"8 pictures": f"{8 * float(printed.split()[-4]):.1f} s",
-                "peak GiB": round(int(peak) / 2 ** 20, 2), "MiB of weights": round(weights / 2 ** 20, 1),
+        return {"8 pictures": f"{seconds:.1f} s", "peak GiB": round(peak, 2),
+                "MiB of weights": round(weights / 2 ** 20, 1),
                 "U-Net parameters": sum(p.numel() for p in self.model.unet.parameters())}
 
 

@@ -14,8 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from plumbing import UserError
-from plumbing.disk import parents_of, refuse_existing
-from plumbing.formats import pipeline_files
+from plumbing.disk import refuse_existing
 from plumbing.models import MINI
 from plumbing.prompts import TASKS, listed, use_book
 
@@ -131,9 +130,8 @@ def lines_of(path: Path, flag: str = "--preview", what: str = "prompt") -> list[
 
 def concept_and_anchor(line: str) -> tuple[str, str | None]:
     """A line of --concepts: "cat → ground", "cat", tab, "ground", "cat, ground", or "cat" (anchor None)."""
-    mark = next((mark for mark in ("→", "->", "\t", ",") if mark in line), None)
-    concept, _, anchor = line.partition(mark) if mark else (line, None, None)
-    return concept.strip(), (anchor or "").strip() or None
+    concept, _, anchor = line.partition(next((m for m in ("→", "->", "\t", ",") if m in line), "\n"))
+    return concept.strip(), anchor.strip() or None
 
 
 def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str, anchor: str | None):
@@ -188,15 +186,10 @@ def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str, an
     return args, s
 
 
-def check_export(export: Path, out: Path, model: Path) -> None:
-    """Refuse an --export that cannot be made, or lies in the edit folder `out`, before minutes of work."""
-    refuse_existing(export, "choose another --export")
-    if not (model / "model_index.json").exists():
-        raise UserError("--export needs a model folder with a model_index.json, or a hub id")
-    with parents_of(export):                                      # an impossible place is found out now
-        pipeline_files(model)
-    if out.resolve().is_relative_to(export.resolve()) or export.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"--export {export} and the edit folder {out} must lie apart")
+def quick_or_full(args: argparse.Namespace) -> None:
+    """Of --n and --steps what was not typed: 4 and 12 with --quick, else 20 and the model's own."""
+    args.n = args.n if args.n is not None else 4 if args.quick else 20
+    args.steps = 12 if args.steps is None and args.quick else args.steps
 
 
 def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -214,8 +207,7 @@ def measuring_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--keep-pictures", action="store_true", help="keep every picture as a PNG, too")
     args = parser.parse_args()
     use_book(args.book)
-    args.n = args.n if args.n is not None else 4 if args.quick else 20
-    args.steps = 12 if args.steps is None and args.quick else args.steps
+    quick_or_full(args)
     check_seed(args.seed)
     at_least_1(args, "n", "steps", "batch")
     if args.out and args.out.exists() and not args.out.is_dir():

@@ -22,10 +22,9 @@ def text_change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> Tensor:
 
 def rows_of(prompts: list[str], text) -> list[Tensor]:
     """Each prompt's rows [T, D]. A command asks for some more than once, so they stay with the encoder."""
-    known = vars(text).setdefault("known", {})
-    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-    known |= zip(new, text(new).cpu()) if new else {}
-    return [known[prompt] for prompt in prompts]
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in text.known]
+    text.known |= zip(new, text(new).cpu()) if new else {}
+    return [text.known[prompt] for prompt in prompts]
 
 
 def edited_rows(prompts: list[str], text) -> list[Tensor]:

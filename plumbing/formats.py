@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from plumbing import UserError
-from plumbing.disk import link, read_json, refuse_existing, whole, whole_folder
+from plumbing.disk import link, parents_of, read_json, refuse_existing, whole, whole_folder
 from plumbing.weights import find_weights, plain_name, read_tensors, shards
 
 
@@ -60,6 +60,17 @@ def pipeline_files(model: Path) -> tuple[dict, dict[str, Path], list[str]]:
     if (model / "defaults.json").exists():
         files["defaults.json"] = own(model / "defaults.json")
     return index, files, lost
+
+
+def check_export(export: Path, out: Path, model: Path) -> None:
+    """Refuse an --export that cannot be made, or lies in the edit folder `out`, before minutes of work."""
+    refuse_existing(export, "choose another --export")
+    if not (model / "model_index.json").exists():
+        raise UserError("--export needs a model folder with a model_index.json, or a hub id")
+    with parents_of(export):                                      # an impossible place is found out now
+        pipeline_files(model)
+    if out.resolve().is_relative_to(export.resolve()) or export.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"--export {export} and the edit folder {out} must lie apart")
 
 
 def export_pipeline(target: Path, model: Path, W: dict[str, Tensor], about: dict,

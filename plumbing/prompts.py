@@ -166,9 +166,13 @@ def doubts(pairs, model: Path, count) -> list[str]:
 
 def prompt_of(name: str, task: str = "object") -> str:
     """A name in the task's template; a phrase, the book's or of four words or more, stands by itself."""
-    entries = [some for entry in book()["classes"].values() for some in (entry, entry.get("choosing", {}))]
-    phrase = len(name.split()) > 3 or any(name in some.get("associated", ()) for some in entries)
-    return name if phrase else TASKS[task][0].format(name)
+    known = any(name in all_of(entry, "associated") for entry in book()["classes"].values())
+    return name if known or len(name.split()) > 3 else TASKS[task][0].format(name)
+
+
+def all_of(entry: dict, kind: str) -> list[str]:
+    """A class's "synonyms" or "associated" phrases, reported ones and those that settings are chosen on."""
+    return [*entry[kind], *entry.get("choosing", {}).get(kind, ())]
 
 
 def meanings() -> dict[str, str]:
@@ -176,8 +180,7 @@ def meanings() -> dict[str, str]:
     found = {thing["names"][0]: thing["class"] for thing in book().get("things", {}).values()
              if "class" in thing}
     for concept, entry in book()["classes"].items():
-        for some in (entry, entry.get("choosing", {})):
-            found |= dict.fromkeys([*some.get("synonyms", ()), *some.get("associated", ())], concept)
+        found |= dict.fromkeys(all_of(entry, "synonyms") + all_of(entry, "associated"), concept)
     return found | {concept: concept for concept in book()["classes"]}
 
 
@@ -193,7 +196,8 @@ def sights() -> dict[str, str]:
 
 def other_sights() -> list[str]:
     """Those of `sights` that belong to no class."""
-    return [name for name, what in sights().items() if name == what and name not in book()["classes"]]
+    classes = book()["classes"]
+    return [name for name, what in sights().items() if name == what and name not in classes]
 
 
 def nouns(kind: str) -> list[str]:

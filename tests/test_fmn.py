@@ -56,12 +56,3 @@ def test_training_takes_attention_from_the_columns_and_as_published_says_which(s
 @pytest.mark.parametrize("bad", ["trains=all", "lr=0", "steps=0", "pictures=-1"])
 def test_impossible_settings_are_refused(refused, tmp_path, bad):
     refused("baselines/fmn.py", "--concept", "cat", "--set", bad, cwd=tmp_path, match="the settings need")
-
-
-@pytest.mark.parametrize("flags, match", [
-    (["--preview", "prompts.txt"], "no closed form.*tools/preview.py"),
-    (["--export-lora", 4], "a LoRA holds changes of matrices alone")])
-def test_what_cannot_be_done_is_refused_before_training(refused, tmp_path, monkeypatch, flags, match):
-    monkeypatch.setattr("plumbing.training.descend", None)
-    (tmp_path / "prompts.txt").write_text("a prompt")
-    refused("baselines/fmn.py", "--concept", "airplane", "--anchor", "sky", *flags, cwd=tmp_path, match=match)

@@ -223,7 +223,7 @@ def test_an_answer_is_right_if_it_is_a_name_of_what_was_asked_for(data, book, mo
     assert street == [1, 1, 0, 0] and other == [0, 0, 0, 0]
     by, not_by = (eyes.right(x, "cat", "", style)["judge"].int().tolist() for style in ("twemoji", "noto"))
     assert by == [1, 1, 0, 0] and not_by == [0, 0, 0, 0]
-    among = eyes.things(x, ["dog", "pizza"])["judge"]             # of these alone: nothing else can be said
+    among = eyes.things(x, eyes.logits(x)[0], ["dog", "pizza"])["judge"]            # nothing else can be said
     assert all(one <= eyes.wanted("dog") | eyes.wanted("pizza") for one in among)
     hits = [torch.tensor([True, True]), torch.tensor([True, False])]
     assert measure.share(hits, ["a cat", "a dog"]) == "75.0 (a dog 50)"

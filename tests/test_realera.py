@@ -7,7 +7,6 @@ import re
 import runpy
 import sys
 import weakref
-from pathlib import Path
 
 import diffusers
 import numpy as np

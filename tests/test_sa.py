@@ -103,12 +103,3 @@ def test_surrogates_are_the_anchors_and_as_published_only_as_many_pictures_are_r
 @pytest.mark.parametrize("bad", ["trains=all", "lr=0", "lamb=-1", "fisher_times=1001", "surrogates=0"])
 def test_impossible_settings_are_refused(refused, tmp_path, bad):
     refused("baselines/sa.py", "--concept", "cat", "--set", bad, cwd=tmp_path, match="the settings need")
-
-
-@pytest.mark.parametrize("flags, match", [
-    (["--preview", "prompts.txt"], "no closed form.*tools/preview.py"),
-    (["--export-lora", 4], "a LoRA holds changes of matrices alone")])
-def test_what_cannot_be_done_is_refused_before_training(refused, tmp_path, monkeypatch, flags, match):
-    monkeypatch.setattr("plumbing.training.descend", None)
-    (tmp_path / "prompts.txt").write_text("a prompt")
-    refused("baselines/sa.py", "--concept", "airplane", "--anchor", "sky", *flags, cwd=tmp_path, match=match)

@@ -83,3 +83,15 @@ def test_descend_takes_the_optimizers_steps_clips_and_names_the_step_that_is_not
     with pytest.raises(UserError, match="NaN at step 2: try a smaller lr"):
         descend([x], lambda step: x.sum() * (1 if step == 1 else math.nan), 3, torch.optim.SGD([x], 0.1), "")
     assert descend([x], lambda step: x.sum(), 0, torch.optim.SGD([x], 0.1), "") == []
+
+
+@pytest.mark.parametrize("method, flags, match", [
+    (method, flags, match) for method in ("ac", "esd", "fmn", "sa") for flags, match in (
+        (["--preview", "prompts.txt"], "no closed form.*tools/preview.py"),
+        (["--export-lora", 4], "a LoRA holds changes of matrices alone"))
+    if (method, flags[0]) != ("ac", "--export-lora")])             # AC's are matrices
+def test_what_cannot_be_done_is_refused_before_training(refused, tmp_path, monkeypatch, method, flags, match):
+    monkeypatch.setattr("plumbing.training.descend", None)
+    (tmp_path / "prompts.txt").write_text("a prompt")
+    refused(f"baselines/{method}.py", "--concept", "airplane", "--anchor", "sky", *flags, cwd=tmp_path,
+            match=match)

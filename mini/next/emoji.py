@@ -87,6 +87,13 @@ class Book:
                             self.styles[style] if u[4] < 0.3 else "")
 
 
+    def words_of(self, icons: "Icons", which: int, scene: int, rng: torch.Generator) -> str:
+        """As `caption_of`, but never empty."""
+        while not (caption := self.caption_of(icons, which, scene, rng)):
+            pass
+        return caption
+
+
 class Icons:
     """All emoji of the book in all sets. rgba [N, 4, 64, 64] uint8, colours times opacity; which[i]: (emoji,
     set); weight [N]: how often each is shown; drawn [N]: whether the U-Net and CLIP learn it, too; kept [N]:

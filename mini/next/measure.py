@@ -30,10 +30,11 @@ from plumbing.pictures import grid, write_png
 from plumbing.stats import frechet
 from sample import Model
 
-class Judge(nn.Module):
-    """A ResNet of nine convolutions: [B, 3, 64, 64] in [0, 1] -> logits of emoji, scene and style."""
 
-    def __init__(self, answers: tuple[int, int, int], widths=(32, 64, 128, 192)):
+class Judge(nn.Module):
+    """A small ResNet: pictures [B, 3, H, W] in [0, 1] -> logits of each question, answers[k] of them."""
+
+    def __init__(self, answers: tuple[int, ...], widths: tuple[int, ...]):
         super().__init__()
         self.answers, self.stem = answers, nn.Conv2d(3, widths[0], 4, stride=2, padding=1)
         self.blocks = nn.ModuleList()
@@ -57,7 +58,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def look(self, x: Tensor) -> Tensor:
-        """Features [N, 192] of any number of pictures, on the CPU."""
+        """Features [N, F] of any number of pictures, on the CPU."""
         return torch.cat([self.features(part.to(self.head.weight)).cpu() for part in x.split(250)])
 
 
@@ -78,7 +79,7 @@ class Eyes:
     def trained(self, args) -> Judge:
         torch.manual_seed(1)
         answers = len(self.emoji), len(self.book.scenes), len(self.styles)
-        judge = Judge(answers).to(args.device, memory_format=torch.channels_last)
+        judge = Judge(answers, (32, 64, 128, 192)).to(args.device, memory_format=torch.channels_last)
 
         def loss(rng: torch.Generator, step: int) -> Tensor:      # not one composition that CLIP has seen
             x, which, scene = compose(self.icons, 128, torch.Generator().manual_seed(10 ** 7 + step),
@@ -103,13 +104,14 @@ class Eyes:
                 return {h for h in self.emoji if self.book.things[h].get("class") == word}
         return {h for h in self.emoji if name in self.book.called[h]}
 
-    def things(self, x: Tensor, among: list[str] | None = None) -> dict[str, list[set[str]]]:
-        """What both see in pictures [n, 3, 64, 64], among the things with these names, or all."""
+    def things(self, x: Tensor, emoji: Tensor, among: list[str] | None = None) -> dict[str, list[set[str]]]:
+        """What both see in pictures [n, 3, 64, 64], among the things with these names, or all. emoji: the
+        ResNet's logits of them."""
         among = among or self.own
         owners = [self.wanted(name) for name in among]
         found = self.clip.classify(x, [self.book.caption(name, 1) for name in among]).argmax(1)
         known = torch.tensor([any(h in some for some in owners) for h in self.emoji])
-        mine = self.logits(x)[0].masked_fill(~known, -torch.inf).argmax(1)
+        mine = emoji.masked_fill(~known, -torch.inf).argmax(1)
         return {"clip": [owners[i] for i in found], "judge": [{self.emoji[i]} for i in mine]}
 
     @torch.no_grad()
@@ -120,10 +122,10 @@ class Eyes:
 
     def right(self, x: Tensor, name: str, place: str = "", style: str = "") -> dict[str, Tensor]:
         """Which pictures [n, 3, 64, 64] show the name, and the scene and the style, if they are asked for."""
-        wanted, book = self.wanted(name), self.book
+        wanted, book, (emoji, places, styles) = self.wanted(name), self.book, self.logits(x)
         right = {who: torch.tensor([bool(one & wanted) for one in said])
-                 for who, said in self.things(x).items()}
-        _, places, styles = (some.argmax(1) for some in self.logits(x))
+                 for who, said in self.things(x, emoji).items()}
+        places, styles = places.argmax(1), styles.argmax(1)
         if place:
             right["judge"] &= places == book.scenes.index(place)
             some = [book.caption(name, 1, book.places[scene]) for scene in book.scenes]
@@ -161,8 +163,9 @@ def judges(args) -> list[str]:
                               ("the ten classes, among these", ten & ~icons.kept, list(book.classes)),
                               ("icons that neither was trained on", icons.kept, eyes.own)):
         x, which, _ = compose(icons, 1000, torch.Generator().manual_seed(3 * 10 ** 6), eyes.weight * some)
-        said = eyes.things(x[which >= 0], among)
-        shown = [book.things[icons.which[w][0]] for w in which[which >= 0]]
+        x, which = x[which >= 0], which[which >= 0]
+        said = eyes.things(x, eyes.logits(x)[0], among)
+        shown = [book.things[icons.which[w][0]] for w in which]
         wanted = [eyes.wanted(thing.get("class", thing["names"][0])) for thing in shown]
         right = [[bool(a & b) for a, b in zip(said[who], wanted)] for who in ("clip", "judge")]
         lines.append(f"| {what} | " + " | ".join(f"{100 * sum(r) / len(r):.1f} %" for r in right) + " |")
@@ -234,11 +237,7 @@ def cloud(args) -> list[str]:
     rng = torch.Generator().manual_seed(4 * 10 ** 6)
     held, which, scene = compose(eyes.icons, n, rng, eyes.weight)
     other = compose(eyes.icons, n, rng, eyes.weight)[0]
-    captions = []
-    for w, s in zip(which.tolist(), scene.tolist()):
-        while not (caption := book.caption_of(eyes.icons, w, s, rng)):
-            pass
-        captions.append(caption)
+    captions = [book.words_of(eyes.icons, w, s, rng) for w, s in zip(which.tolist(), scene.tolist())]
     drawn, ratios = model.draw(captions, list(range(n))), []
     for c in book.classes:
         mine = torch.tensor([book.things[h].get("class") == c for h, _ in eyes.icons.which])
@@ -252,8 +251,8 @@ def cloud(args) -> list[str]:
             f"{100 * sum(ratios) / len(ratios):.0f} % (least {100 * min(ratios):.0f})"]
 
 
-def cost(args) -> list[str]:
-    """One command as a user runs it, and what is on the disk."""
+def eight_pictures(args) -> tuple[float, float]:
+    """Seconds and GiB of one command as a user runs it: eight pictures, on a CPU."""
     # its own peak, as Linux counts it: a child's ru_maxrss starts from its parent's
     code = ("import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
@@ -264,9 +263,15 @@ def cost(args) -> list[str]:
                "--device", "cpu", "--model", args.model.resolve(), "--out", out.resolve()]
     done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, cwd=root,
                           env=os.environ | {"PYTHONPATH": str(root)})
-    printed, peak = done.stdout.strip().splitlines()[-2:]
+    printed, _, peak = done.stdout.strip().splitlines()           # the PNG's line, the SVG's, ours
+    return 8 * float(printed.split()[-4]), int(peak) / 2 ** 20
+
+
+def cost(args) -> list[str]:
+    """A command's time and memory, and what is on the disk."""
+    seconds, peak = eight_pictures(args)
     weights = sum(path.stat().st_size for path in args.model.glob("*/*model.safetensors"))
-    return [f"8 pictures: {8 * float(printed.split()[-4]):.1f} s, {int(peak) / 2 ** 20:.2f} GiB; "
+    return [f"8 pictures: {seconds:.1f} s, {peak:.2f} GiB; "
             f"{weights / 2 ** 20:.1f} MiB of weights"]
 
 

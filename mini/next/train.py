@@ -613,11 +613,7 @@ def train_clip(args, recipe: Recipe) -> bool:
 
     def loss(rng: torch.Generator, step: int) -> Tensor:
         x, which, scene = compose(icons, recipe.clip_batch, rng, weight)
-        captions = []
-        for w, s in zip(which.tolist(), scene.tolist()):
-            while not (caption := book.caption_of(icons, w, s, rng)):
-                pass
-            captions.append(caption)
+        captions = [book.words_of(icons, w, s, rng) for w, s in zip(which.tolist(), scene.tolist())]
         image = clip.image_features(clip.preprocess(x.to(args.device)))
         words = F.normalize(clip.text_projection(states(captions)), dim=-1)
         logits = clip.logit_scale.exp().clamp(max=100) * image @ words.T
