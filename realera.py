@@ -50,7 +50,7 @@ class Settings:
     N: int = 30                 # beyond-concepts per concept; 0: none in Eq. 9 either
     lambda1: float = 1.0        # weight of what must stay; section 5 has 0.1, which hurts other classes here
     lambda2: float = 0.01       # ridge, times trace(B)/D; not in Eq. 7, but B must be invertible
-    real_prompts: bool = True   # P holds real prompts too: the bare template and 30 nouns; "" in any case
+    real_prompts: bool = True   # P holds real prompts too: the bare template and nouns; "" in any case
     rows: str = "tail"          # tail: the last concept token and all after it; token: that token alone
     reach: float = 1.0          # e ↦ e + reach (e* − e) in Eq. 7: not in the paper, a rival to mining
     share: bool = False         # True: neighbors weigh 1/M and beyond-concepts 1/N each; Eq. 7 has 1 each

@@ -56,7 +56,7 @@ class Settings:
     aug_num: int = 10           # noisy copies of each retained row
     filter: bool = True         # retain only rows that the edit would move much
     as_published: bool = True   # False: aug_num 0 and filter False
-    retain: str = ""            # --retain: words, separated by commas; or nouns, realera.py's 30
+    retain: str = ""            # --retain: words, separated by commas; or nouns: realera.py's
     rows: str = "token"         # or tail: the last token and all after it, which mini needs
     prompts = "word"            # not to be set
 
@@ -129,4 +129,4 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     run("SPEED", __doc__, Settings, erase, anchor="", own={
-        "--retain": {"metavar": "WORDS", "help": "what must stay: \"bird, cat\", or nouns, realera.py's 30"}})
+        "--retain": {"metavar": "WORDS", "help": "what must stay: \"bird, cat\", or nouns: realera.py's"}})

@@ -53,7 +53,7 @@ class Settings:
     lamb: float = 0.5           # λ
     erase_scale: float = 1.0    # s_e
     preserve_scale: float = -1  # s_p; -1: the authors' rule
-    retain: str = ""            # --retain: words, separated by commas; or nouns, realera.py's 30
+    retain: str = ""            # --retain: words, separated by commas; or nouns: realera.py's
 
     def __post_init__(self):
         for name, values in (("rows", ("tail", "token")), ("prompts", ("word", "template")),
@@ -103,4 +103,4 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     run("UCE", __doc__, Settings, erase, anchor="", own={
-        "--retain": {"metavar": "WORDS", "help": "what must stay: \"bird, cat\", or nouns, realera.py's 30"}})
+        "--retain": {"metavar": "WORDS", "help": "what must stay: \"bird, cat\", or nouns: realera.py's"}})

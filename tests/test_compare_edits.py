@@ -100,7 +100,7 @@ def test_draw_each_leaves_the_edit_that_a_model_wears(work):
     model.put(W)
     drawn = draw_each(model, ["a photo of the dog"], {"untouched": {}, "dog": W}, [3], steps=1)
     assert model.worn is W and not torch.equal(drawn["untouched"], drawn["dog"])
-    assert drawn["dog"].shape == (1, 1, 3, 32, 32)
+    assert drawn["dog"].shape == (1, 1, 3, SIZE, SIZE)
     assert (model.draw("a photo of the dog", [3], steps=1) - drawn["dog"][0]).abs().max() <= 1e-5
 
 

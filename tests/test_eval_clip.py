@@ -23,7 +23,7 @@ from eval_clip import CLIP, MEAN, STD, h_o, harmonic, outcomes, summary
 from helpers import (CLASSES, MINI, OFFICIAL_TEXT, TEXTS, edit_json, free_port, near, no_drawing, norms,
                      random_network, shapes, write_vocabulary)
 from plumbing.disk import read_json
-from plumbing.prompts import BOOK, row_prompts
+from plumbing.prompts import other_sights, row_prompts
 from plumbing.results import Results
 from plumbing.stats import wilson
 from sample import Model
@@ -209,7 +209,7 @@ def test_outcomes_are_1_where_the_picture_looks_like_what_is_wanted(clip):
     for how in ("top-1", "ten-way"):
         for group, prompts in {"e": 1, "s": 9, "g": 3, "a": 4}.items():
             assert counted[how][group].tolist() == [1, 0, 1] * prompts
-    scenes = text_features(clip, [*CLASSES, *read_json(BOOK)["scenes"]])
+    scenes = text_features(clip, [*CLASSES, *other_sights()])
     for seed, said in ((4, "cat"), (5, "dog")):
         logits = clip.logit_scale.exp() * torch.stack(list(scenes.values())) @ text[said]
         expected = logits.double().softmax(0)[CLASSES.index("cat")].item()

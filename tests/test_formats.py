@@ -130,7 +130,8 @@ def test_few_edited_rows_are_a_lora_of_that_rank_with_one_shared_A(text, rows, r
 @pytest.mark.parametrize("ending", ["diffusers", "webui"])
 def test_diffusers_draws_the_edit_from_the_untouched_model_and_the_lora(edits, pipe, text, tmp_path, ending):
     W0, W = cross_attention(MINI), read_edit(edits / "a", MINI)
-    write_lora(tmp_path, "a", W0, W, 160, {})                         # the longest of the shorter sides
+    full = max(min(w.shape) for w in W0.values())
+    write_lora(tmp_path, "a", W0, W, full, {})                        # the longest of the shorter sides
     unet = UNet.from_pretrained(MINI / "unet")
     c = text(["a photo of the airplane"])
     z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
@@ -138,7 +139,7 @@ def test_diffusers_draws_the_edit_from_the_untouched_model_and_the_lora(edits, p
     put_weights(unet, W)
     ours = unet(z, t, c)
     with torch.no_grad():
-        pipe.load_lora_weights(tmp_path / f"a-rank160-{ending}.safetensors")
+        pipe.load_lora_weights(tmp_path / f"a-rank{full}-{ending}.safetensors")
         theirs = pipe.unet(z, t, c).sample
         pipe.unload_lora_weights()
         plain = pipe.unet(z, t, c).sample

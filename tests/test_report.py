@@ -45,8 +45,8 @@ ODD = "<script>alert(1)</script>"
 def written(here, tmp_path_factory):
     """The page of an edit whose concept is HTML."""
     folder = tmp_path_factory.mktemp("odd")
-    here("realera.py", "--concept", ODD, "--anchor", "a & b", *CLOSED, "--set", "M=2", "N=1", "--out", "odd",
-         cwd=folder)
+    here("realera.py", "--concept", ODD, "--anchor", "a & b", *CLOSED, "--set", "M=2", "N=1", "reach=4",
+         "--out", "odd", cwd=folder)
     return folder / "odd"
 
 

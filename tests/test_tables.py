@@ -143,7 +143,8 @@ def test_the_sweep_says_how_far_each_group_goes_along(monkeypatch):
             pairs, text(preserved_prompts("object", pairs)), realera.Settings(M=0, N=0, lambda2=0.1))
         e, e_star = pairs[0].block(), pairs[0].block_star()
         others = [other for other in classes if other != name]
-        for group, names in zip(expected, ([name], entry["synonyms"], entry["associated"], others)):
+        some = entry.get("choosing", entry)
+        for group, names in zip(expected, ([name], some["synonyms"], some["associated"], others)):
             shares = []
             for prompt in (f"a picture of the {name}" for name in names):
                 last, rows, along, length = text.tokenizer.count(prompt), text([prompt])[0].double(), 0.0, 0.0
