@@ -113,8 +113,9 @@ class CLIP(nn.Module):
 
     def text_features(self, ids: Tensor) -> Tensor:
         """ids [B, T] -> unit vectors [B, P], read at the first end-of-text token (the largest id)."""
-        rows = self.text_model(ids)
-        return F.normalize(self.text_projection(rows[torch.arange(len(ids)), ids.argmax(dim=1)]), dim=-1)
+        end = ids.argmax(dim=1)                                   # its row sees none of those after it
+        rows = self.text_model(ids[:, :end.max() + 1])[torch.arange(len(ids)), end]
+        return F.normalize(self.text_projection(rows), dim=-1)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, S, S] as `preprocess` makes them -> unit vectors [B, P]."""
@@ -136,8 +137,7 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def classify(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         """pictures [N, 3, H, W] in [0, 1] -> probability of each prompt, by scaled cosine, [N, prompts]."""
-        device = self.logit_scale.device
-        text = self.text_features(self.tokenizer(prompts).to(device))
+        text = self.text_features(self.tokenizer(prompts).to(self.logit_scale.device))
         image = torch.cat([self.image_features(self.preprocess(part.to(self.logit_scale)))
                            for part in pictures.split(256)])
         return (self.logit_scale.exp() * image @ text.T).softmax(dim=-1).cpu()

@@ -143,6 +143,12 @@ def quick(once):
     return once("quick", lambda folder: helpers.link_mini(folder, steps=1))
 
 
+@pytest.fixture(scope="session")
+def narrow(once):
+    """mini/, whose pictures take no time and show nothing."""
+    return once("narrow", helpers.write_narrow)
+
+
 @pytest.fixture
 def other(tmp_path):
     """mini/ without its CLIP, linked; its U-Net may be replaced."""

@@ -362,6 +362,17 @@ def write_model(folder, version):
     return folder
 
 
+def write_narrow(folder):
+    """mini/ with a U-Net and a VAE of as many layers, but narrow and random; a picture takes one step."""
+    without = shutil.ignore_patterns("unet", "vae", "work", "next", "*.py", "*.md", "*.svg", "*.png")
+    shutil.copytree(MINI, folder, ignore=without, dirs_exist_ok=True)
+    edit_json(folder / "defaults.json", steps=1)
+    for part, make, width in (("unet", theirs_unet, 16), ("vae", theirs_vae, 8)):
+        config = read_json(MINI / part / "config.json")
+        make(**config | {"block_out_channels": [width] * len(config["block_out_channels"])},
+             ).save_pretrained(folder / part)
+
+
 def same_pictures(model, pipe):
     """Two prompts drawn by both, from the same noise: at most 1/255 apart."""
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)

@@ -17,7 +17,7 @@ from clip_text import CLIPTextConfig, CLIPTextModel
 from erasing import edited, make_pairs
 from experiments import attack
 from experiments.attack import Target, descend, encode, insert, matching_loss, simplex, straight_through
-from helpers import MINI, random
+from helpers import CLOSED, MINI, random
 from plumbing.disk import read_json
 from plumbing.edits import about_edit, cross_attention, read_edit, write_edit
 from plumbing.prompts import ASSOCIATED, BOOK, choices
@@ -27,7 +27,7 @@ from sample import Model
 from starts import run
 from unet import UNet, UNetConfig
 
-QUICK = ["--n", 1, "--choose", 1, "--budget", 2, "--seed", 5, "--model", "quick"]
+QUICK = ["--n", 1, "--choose", 1, "--budget", 2, "--seed", 5, "--model", "narrow"]
 PROMPT = "a photo of the airplane"
 
 
@@ -336,13 +336,13 @@ def test_the_strongest_is_chosen_on_other_seeds_than_it_is_reported_on(model, cl
 # ---- the command ----
 
 @pytest.fixture(scope="module")
-def work(here, quick, tmp_path_factory):
+def work(here, narrow, tmp_path_factory):
     """A folder with two edits, and all attacks on the first as typed."""
     folder = tmp_path_factory.mktemp("work")
-    (folder / "quick").symlink_to(quick)
+    (folder / "narrow").symlink_to(narrow)
     for out, concepts in (("one", ["airplane"]), ("two", ["Airplane", "ship"])):
         what = [part for name in concepts for part in ("--concept", name, "--anchor", "sky")]
-        here("realera.py", *what, "--lora-steps", 0, "--no-pictures", "--out", out, cwd=folder)
+        here("realera.py", *what, *CLOSED, "--model", "narrow", "--out", out, cwd=folder)
     done = run("experiments/attack.py", "--edit", "one", *QUICK, cwd=folder)
     (folder / "printed").write_text(done.stdout)
     return folder
@@ -425,6 +425,7 @@ def test_each_edit_concept_seed_budget_and_precision_has_its_own_findings(model,
     def evaluate(model, clip, jobs, folder, steps, guidance, batch, keep, what, candidates):
         return {job: torch.ones(128) for job in jobs}
     monkeypatch.setattr(attack, "evaluate", evaluate)
+    monkeypatch.setattr(attack, "rates", lambda clip, concept, task, names, *_: dict.fromkeys(names, (0, 0)))
     asked, args = [], argparse.Namespace(seed=0, n=1, choose=1, steps=None, batch=None, keep_pictures=False)
     shape = model.text([""])[0].shape
     monkeypatch.setitem(attack.ATTACKS, "prefix",
@@ -454,7 +455,7 @@ def test_two_concepts_in_any_case_more_pictures_than_the_grid_shows_and_pictures
 
 
 def test_a_concept_typed_in_capitals_is_recognised(here, work):
-    here("experiments/attack.py", "--concept", "AIRPLANE", *QUICK, "--steps", 5, "--attack", "embedding",
+    here("experiments/attack.py", "--concept", "AIRPLANE", *QUICK[:-2], "--steps", 5, "--attack", "embedding",
          cwd=work)
     assert [row["success"][0] for row in table(work / "out/attack/untouched-airplane")] == [100, 100]
 
@@ -471,10 +472,10 @@ def test_a_concept_typed_in_capitals_is_recognised(here, work):
     (["--edit", "teapot"], "teapot"), (["--edit", "other"], "made for another model"),
     (["--edit", "one", "--clip", "nowhere"], "--clip nowhere"),
     (["--edit", "one", "--model", "nowhere"], "--model nowhere")])
-def test_bad_input_is_one_line_and_leaves_nothing(refused, work, tmp_path, args, match):
+def test_bad_input_is_one_line_and_leaves_nothing(refused, edit, tmp_path, args, match):
     for name, about in {"one": {}, "other": {"base_hash": ""}, "teapot": {"concepts": ["teapot"]}}.items():
         (tmp_path / name).mkdir()
-        write_edit(tmp_path / name, read_edit(work / "one", MINI), about_edit(work / "one") | about)
+        write_edit(tmp_path / name, read_edit(edit, MINI), about_edit(edit) | about)
     refused("experiments/attack.py", *args, cwd=tmp_path, match=match)
 
 
@@ -482,8 +483,10 @@ def test_of_a_method_that_acts_while_drawing_only_what_anybody_types_or_feeds_is
         here, refused, work, tmp_path):
     """Gradients and closed forms see weights alone, which such a method need not change."""
     (tmp_path / "work").mkdir()
-    here("baselines/surgery.py", "--concept", "airplane", "--no-pictures", "--out", "acts", cwd=tmp_path)
-    edit = ["--edit", tmp_path / "acts", "--model", work / "quick", "--n", 1, "--choose", 1, "--seed", 5]
+    model = ["--model", work / "narrow"]
+    here("baselines/surgery.py", "--concept", "airplane", "--no-pictures", *model, "--out", "acts",
+         cwd=tmp_path)
+    edit = ["--edit", tmp_path / "acts", *model, "--n", 1, "--choose", 1, "--seed", 5]
     for args in ([], ["--attack", "phrases", "embedding"]):
         refused("experiments/attack.py", *edit, *args, cwd=tmp_path / "work",
                 match=r"acts while a picture is drawn.*embedding.*give --attack phrases emoji vector")

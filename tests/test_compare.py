@@ -57,11 +57,11 @@ def test_every_method_is_made_by_its_own_script_and_only_once(tmp_path, monkeypa
     assert all(read_edit(folder, MINI).keys() == cross_attention(MINI).keys() for folder in folders)
 
 
-def test_an_attack_without_candidates_has_no_column(here, quick, tmp_path, monkeypatch):
+def test_an_attack_without_candidates_has_no_column(here, narrow, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "METHODS", {"closed form": compare.METHODS["closed form"]})
     monkeypatch.setattr(making.subprocess, "run", starts.finished)
     here("experiments/compare.py", "--attack", "emoji", "--concept", "cat", "ship", "--n", 1,
-         "--keep-pictures", "--model", quick, cwd=tmp_path)
+         "--keep-pictures", "--model", narrow, cwd=tmp_path)
     [row] = json.loads((tmp_path / "out/tables/robustness.json").read_text())
     assert "plain" in row and "emoji" not in row                  # mini has none
     kept = tmp_path / "out/tables/pictures/closed-form/cat"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import eval_clip
 from erasing import make_pairs
-from helpers import MINI, SIZE
+from helpers import MINI, SIZE, UNET
 from plumbing import UserError
 from plumbing.edits import about_edit, cross_attention, edit_labels, erased_by, read_edit
 from plumbing.formats import export_pipeline
@@ -23,9 +23,9 @@ from plumbing.pictures import pixels
 from plumbing.prompts import BOOK, anchor_of, book, row_prompts, use_book
 from sample import Model, Text, draw_each
 
-UNET = MINI / "unet/diffusion_pytorch_model.safetensors"
-FEW = ["--n", 2, "--steps", 1]
-ONE = ["--n", 1, "--steps", 1]
+MODEL = ["--model", "narrow"]
+FEW = [*MODEL, "--n", 2, "--steps", 1]
+ONE = [*MODEL, "--n", 1, "--steps", 1]
 PIZZA = {"classes": {"pizza": {"anchor": "plate", "synonyms": ["margherita", "calzone"],
                                "associated": ["a slice in a box"]},
                      "soup": {"anchor": "bowl", "synonyms": ["broth"], "associated": []}},
@@ -39,20 +39,21 @@ def minis_own_book():
 
 
 @pytest.fixture(scope="module")
-def work(here, quick, tmp_path_factory):
+def work(here, narrow, tmp_path_factory):
     """Two edits of one class by two methods, and what somebody else might have made of the first."""
     folder = tmp_path_factory.mktemp("work")
-    here("realera.py", "--concept", "dog", "--lora-steps", 0, "--n", 1, "--model", quick, cwd=folder)
-    here("baselines/uce.py", "--concept", "dog", "--no-pictures", cwd=folder)
+    (folder / "narrow").symlink_to(narrow)
+    here("realera.py", "--concept", "dog", "--lora-steps", 0, "--n", 1, *MODEL, cwd=folder)
+    here("baselines/uce.py", "--concept", "dog", "--no-pictures", *MODEL, cwd=folder)
     W = load_file(folder / "out/dog/erased.safetensors")
-    save_file(load_file(UNET) | W, folder / "whole.safetensors")
+    save_file(load_file(narrow / UNET) | W, folder / "whole.safetensors")
     save_file(W, folder / "part.safetensors", {"format": "pt", "edit": "by hand"})
-    export_pipeline(folder / "pipeline", MINI, W, {})
+    export_pipeline(folder / "pipeline", narrow, W, {})
     return folder
 
 
 def drawn_by(model, edit, prompts, steps=1, n=2):
-    model.put(read_edit(edit, MINI) if edit else {})
+    model.put(read_edit(edit, model.folder) if edit else {})
     return model.draw([p for p in prompts for _ in range(n)], [*range(n)] * len(prompts), steps)
 
 
@@ -67,7 +68,7 @@ def test_sample_draws_the_untouched_model_and_each_edit_from_the_same_noise(here
     prompts = ["a photo of the dog", "barking at the postman"]
     two = ["--edit", "out/dog", "--edit", "out/dog-uce"]
     here("sample.py", *prompts, *two, *FEW, "--out", "sheet.png", cwd=work)
-    sheet, model = PIL.Image.open(work / "sheet.png"), Model(MINI)
+    sheet, model = PIL.Image.open(work / "sheet.png"), Model(work / "narrow")
     side, zoom = (sheet.width - 2) // 6 - 2, max(1, 96 // SIZE)
     cells = [[np.asarray(sheet)[2 + i * (side + 2):, 2 + j * (side + 2):][:side:zoom, :side:zoom]
               for j in range(6)] for i in range(2)]
@@ -80,7 +81,7 @@ def test_sample_draws_the_untouched_model_and_each_edit_from_the_same_noise(here
     said = {key: json.loads(value) for key, value in sheet.text.items() if key != "model"}
     assert said["prompt"] == prompts and said["columns"] == ["untouched", "dog", "dog-uce"]
     assert said["seed"] == [0, 1] and said["edit"] == ["dog", "dog-uce"]
-    assert sheet.text["model"] == "mini" and str(MINI) not in (work / "sheet.svg").read_text("utf-8")
+    assert sheet.text["model"] == "narrow" and str(work) not in (work / "sheet.svg").read_text("utf-8")
     assert said["settings"]["steps"] == 1 and said["settings"]["sampler"] == "ddim"
     text = (work / "sheet.svg").read_text(encoding="utf-8")
     words = re.findall(r"<text[^>]*>([^<]*)</text>", text)
@@ -96,7 +97,8 @@ def test_sample_overwrites_neither_png_nor_svg(refused, tmp_path):
 
 
 def test_draw_each_leaves_the_edit_that_a_model_wears(work):
-    model, W = Model(MINI), read_edit(work / "out/dog", MINI)
+    model = Model(work / "narrow")
+    W = read_edit(work / "out/dog", model.folder)
     model.put(W)
     drawn = draw_each(model, ["a photo of the dog"], {"untouched": {}, "dog": W}, [3], steps=1)
     assert model.worn is W and not torch.equal(drawn["untouched"], drawn["dog"])
@@ -151,7 +153,7 @@ def test_compared_edits_share_a_table_and_nothing_is_drawn_twice(here, work, mon
 
 def test_a_table_of_another_command_in_out_is_not_replaced(here, refused, work, tmp_path, monkeypatch):
     monkeypatch.setattr(Model, "draw", grey)
-    command = ["eval_clip.py", "--edit", work / "out/dog", "--n", 1, "--out", "o"]
+    command = ["eval_clip.py", "--edit", work / "out/dog", "--model", work / "narrow", "--n", 1, "--out", "o"]
     here(*command, cwd=tmp_path)
     before = (tmp_path / "o/metrics.json").read_bytes()
     here(*command, cwd=tmp_path)
@@ -173,11 +175,12 @@ def test_a_long_name_is_cut_and_stays_its_own(tmp_path):
 # ---- edits that were made elsewhere ----
 
 def test_an_edit_from_elsewhere_is_read_with_a_warning(work, capsys):
-    W, W0 = read_edit(work / "out/dog", MINI), cross_attention(MINI)
+    narrow = work / "narrow"
+    W, W0, all_of_it = read_edit(work / "out/dog", narrow), cross_attention(narrow), load_file(narrow / UNET)
     assert capsys.readouterr().err == ""
-    for name, count in (("whole.safetensors", len(load_file(UNET))), ("part.safetensors", len(W)),
-                        ("pipeline", len(load_file(UNET)))):
-        found = read_edit(work / name, MINI)
+    for name, count in (("whole.safetensors", len(all_of_it)), ("part.safetensors", len(W)),
+                        ("pipeline", len(all_of_it))):
+        found = read_edit(work / name, narrow)
         assert found.keys() == W.keys() == W0.keys() and all(torch.equal(found[key], W[key]) for key in W)
         warning = capsys.readouterr().err
         assert warning.startswith("warning: ") and "cannot be checked" in warning
@@ -188,7 +191,7 @@ def test_an_edit_from_elsewhere_is_read_with_a_warning(work, capsys):
 def test_the_file_in_an_edit_folder_is_that_edit(work, capsys):
     file = work / "out/dog/erased.safetensors"
     assert about_edit(file) == about_edit(work / "out/dog") and about_edit(file)["concepts"] == ["dog"]
-    assert read_edit(file, MINI).keys() == read_edit(work / "out/dog", MINI).keys()
+    assert read_edit(file, work / "narrow").keys() == read_edit(work / "out/dog", work / "narrow").keys()
     assert capsys.readouterr().err == ""
 
 
@@ -208,7 +211,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, change, match):
 def test_one_must_say_what_a_strange_edit_erases(here, refused, work, monkeypatch, capsys):
     assert erased_by(["x", "y"], ["Dog"]) == [("dog", "object")]
     assert erased_by([work / "out/dog", work / "out/dog-uce"], []) == [("dog", "object")]
-    refused("eval_clip.py", "--edit", "whole.safetensors", cwd=work, match="add --concept NAME")
+    refused("eval_clip.py", "--edit", "whole.safetensors", *MODEL, cwd=work, match="add --concept NAME")
     monkeypatch.setattr(Model, "draw", grey)
     here("eval_clip.py", "--edit", "whole.safetensors", "--edit", "pipeline", "--concept", "dog", *FEW,
          "--out", "strange", cwd=work)

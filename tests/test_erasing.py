@@ -324,9 +324,9 @@ def test_an_edit_that_is_not_finite_is_not_written(own, tmp_path, capsys, times)
     assert ("times = nan" if "=" in times else "the edit has NaN or infinity in conv_out") in error
 
 
-def test_a_method_that_changes_how_a_model_draws_leaves_a_report_alone(own, quick, tmp_path):
+def test_a_method_that_changes_how_a_model_draws_leaves_a_report_alone(own, narrow, tmp_path):
     for more in ([], ["--overwrite"]):
-        own(GUIDE, "--n", 1, "--model", quick, *more)
+        own(GUIDE, "--n", 1, "--model", narrow, *more)
     out = tmp_path / "out/airplane-conv"
     assert {path.name for path in out.iterdir()} == {"before_after.png", "before_after.svg", "report.html",
                                                       "run.json"}

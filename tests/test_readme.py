@@ -64,8 +64,8 @@ def commands(path: Path) -> list[str]:
     return [line for line in (line.split(" #")[0].strip() for line in lines) if line]
 
 
-def test_the_python_of_the_docs_runs_in_another_folder(quick, tmp_path):
-    os.symlink(quick, tmp_path / "mini")
+def test_the_python_of_the_docs_runs_in_another_folder(narrow, tmp_path):
+    os.symlink(narrow, tmp_path / "mini")
     code = blocks(ROOT / "docs/commands.md", "python")[0] + "\nassert W.keys() and numbers['numbers']\n"
     (tmp_path / "notebook.py").write_text(code, encoding="utf-8")
     run(tmp_path / "notebook.py", cwd=tmp_path, PYTHONPATH=ROOT)
@@ -79,10 +79,10 @@ def test_readme_has_two_pages():
     assert len((ROOT / "README.md").read_text("utf-8").split()) <= 1300
 
 
-def test_every_command_runs(quick, tmp_path, monkeypatch):
+def test_every_command_runs(narrow, tmp_path, monkeypatch):
     """In the order of the pages, the README first, in one folder, with fewer steps and pictures; in one
     process, as fifty starts would take minutes."""
-    os.symlink(quick, tmp_path / "mini")
+    os.symlink(narrow, tmp_path / "mini")
     (tmp_path / "mine.csv").write_text("prompt,seed\na photo of the ship,1\n")
     (tmp_path / "prompts.txt").write_text("a photo of the ship\na photo of the jet\n")
     (tmp_path / "my_method.py").write_text(own_method(), "utf-8")

@@ -28,9 +28,9 @@ from starts import finished, start
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_one_two_and_three_processes_write_the_same_bytes(here, tmp_path, monkeypatch):
+def test_one_two_and_three_processes_write_the_same_bytes(here, narrow, tmp_path, monkeypatch):
     args = ["--table", 3, "--n", 1, "--steps", 1, "--set", "lora_steps=0", "--batch", 8, "--device", "cpu",
-            "--out"]
+            "--model", narrow, "--out"]
     with monkeypatch.context() as patch:
         patch.setattr(making.subprocess, "run", finished)
         here("experiments/tables.py", *args, "1", cwd=tmp_path)

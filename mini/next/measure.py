@@ -220,7 +220,8 @@ def sheets(args) -> list[str]:
             notes=[asked[i:i + 10] for i in range(0, 100, 10)]))
         order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
         write_png(args.work / f"stranger-{name}.png", grid(x[order], 10, zoom=2))
-        (args.work / f"stranger-{name}.json").write_text(json.dumps([asked[i] for i in order]) + "\n", encoding="utf-8")
+        (args.work / f"stranger-{name}.json").write_text(json.dumps([asked[i] for i in order]) + "\n",
+                                                         encoding="utf-8")
     return [f"sheets are in {args.work}"]
 
 
