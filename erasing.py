@@ -44,7 +44,8 @@ from plumbing.edits import (DRAWING, Edit, as_filed, base_hash, change, cross_at
                             refuse_weights_alone, text_hash, write_edit, write_report)
 from plumbing.formats import check_export, export_pipeline, write_lora
 from plumbing.models import model_folder, model_name
-from plumbing.prompts import TASKS, anchor_of, doubts, names_to_choose, preserved_prompts, watch_all
+from plumbing.prompts import (TASKS, anchor_of, doubts, filled, names_to_choose, preserved_prompts,
+                              watch_all)
 from plumbing.report import recorded, write_page
 from sample import Model, Text, draw_each, write_sheets
 
@@ -105,7 +106,7 @@ def make_pairs(concepts, anchors, task: str, text, rows: str, seed: int,
     for concept, anchor in sorted(zip(concepts, anchors)):
         if concept == anchor:
             raise UserError(f"the concept {concept!r} is its own anchor: nothing would change")
-        p, p_star = template.format(concept), template.format(anchor) if anchor else ""
+        p, p_star = template.format(concept), filled(template, anchor)
         e, e_star = text([p, p_star]).cpu().double()              # in this order: MPS has no float64
         # row 0 is begin-of-text, so the last of k tokens is row k; an empty anchor starts at its end-of-text
         start, start_star = text.tokenizer.count(p), max(first, text.tokenizer.count(p_star))
@@ -200,7 +201,7 @@ def before_after(job: Job, W: dict[str, Tensor], n: int) -> list[dict]:
         print(f"\nCLIP's first choice of {len(names)} names, {n} pictures a prompt\n"
               f"{'prompt':<28}{'before':<32}after")
         for when, pictures in drawn.items():
-            said = clip.classify(pictures.flatten(0, 1), [template.format(name) for name in names]).argmax(1)
+            said = clip.classify(pictures.flatten(0, 1), [filled(template, name) for name in names]).argmax(1)
             for row, guesses in zip(table, said.view(-1, n)):
                 most = guesses.mode().values
                 row[when] = {"right": (guesses == names.index(row["wanted"])).sum().item(),

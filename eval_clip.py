@@ -215,7 +215,7 @@ def outcomes(clip: CLIP, concept: str, found: dict[Picture, Tensor], seeds: rang
     Celebrities are chosen among the five and "a person"; the paper's own judge, GCD, is a --detector. Styles
     are scored by the cosine with "an artwork by …", also where the prompt was another (the paper is silent).
     """
-    names, prompts = choices(task)
+    names, prompts = choices(task, concept)
     text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()        # [names, P]
     counted = {"CLIP score": {}} if task == "style" else {"top-1": {}, "probability": {}, "ten-way": {}}
     for group, rows in row_prompts(concept, task, seeds, erased).items():

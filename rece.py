@@ -33,7 +33,7 @@ from eval_clip import CLIP
 from plumbing import UserError, svg
 from plumbing.edits import about_edit, gram, read_edit
 from plumbing.pictures import write_sheet
-from plumbing.prompts import TASKS, names_to_choose
+from plumbing.prompts import TASKS, filled, names_to_choose
 from plumbing.weights import put_weights
 from realera import closed_form
 
@@ -104,7 +104,7 @@ def draw_rounds(job: Job, given: dict[str, Tensor], W1: dict[str, Tensor], round
     model, pairs, said = job.model, job.pairs, []
     clip = CLIP.from_pretrained(model.folder / "clip") if (model.folder / "clip").is_dir() else None
     names = names_to_choose(pairs, job.task)
-    texts = [TASKS[job.task][0].format(name) for name in names]
+    texts = [filled(TASKS[job.task][0], name) for name in names]
     for i, (before, e_adv, after) in enumerate(rounds, 1):
         rows = e_adv.float().unflatten(0, (len(pairs), -1)).repeat_interleave(n, 0)  # [concepts · n, T, D]
         drawn = []

@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import Job, run
 from plumbing import UserError
-from plumbing.prompts import TASKS, book, nouns, same_word
+from plumbing.prompts import TASKS, book, filled, nouns, same_word
 from plumbing.training import begin, descend, tell
 
 FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")
@@ -55,7 +55,7 @@ def captions(words: tuple[str, str], task: str) -> list[tuple[str, str]]:
     """Of (concept, anchor) -> (c, c*): prompts of the concept, each with the anchor's."""
     kept = [noun for noun in nouns("preserved") if noun not in book()["classes"]
             and not any(same_word(noun, word) for word in words)]
-    return [tuple(TASKS[task][0].format(word) + more for word in words)
+    return [tuple(filled(TASKS[task][0], word) + more for word in words)
             for more in ("", *(f" and the {noun}" for noun in kept))]
 
 

@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from erasing import Job, Pair, edited, run
 from lora import save_factors
 from plumbing import UserError
-from plumbing.attention import attention_masks, attention_of, concept_columns, sides_of
+from plumbing.attention import attention_masks, attention_of, concept_columns, shared_rows, sides_of
 from plumbing.cli import slug
-from plumbing.prompts import TASKS, shared_rows, templates_of
+from plumbing.prompts import TASKS, filled, templates_of
 from plumbing.training import descend, drawn_latents, noisy, predict
 
 
@@ -101,7 +101,7 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     for pair in job.pairs:
         texts.append([x for x in templates_of(job.task)           # in which both fit
                       if not words.cut(x.format(pair.concept)) + words.cut(x.format(pair.anchor))])
-        p, p_star = ([x.format(y) for x in texts[-1]] for y in (pair.concept, pair.anchor))
+        p, p_star = ([filled(x, y) for x in texts[-1]] for y in (pair.concept, pair.anchor))
         prompts["erased"], prompts["anchor"] = prompts["erased"] + p, prompts["anchor"] + p_star
         e, e_star = (job.text(some).cpu().double() for some in (p, p_star))          # [30, T, D]
         G.append(e.flatten(0, 1).T @ e.flatten(0, 1))

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from erasing import Job, run
 from plumbing import UserError
 from plumbing.progress import progress
-from plumbing.prompts import TASKS, preserved_prompts
+from plumbing.prompts import TASKS, filled, preserved_prompts
 from plumbing.training import begin, descend, drawn_latents, noisy, predict
 
 
@@ -91,7 +91,7 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
                     if s.trains == "unet" or ".attn2." not in name])
     W0 = {name: w.detach().clone() for name, w in W.items()}
     seeds, generator = [job.seed + i for i in range(s.surrogates)], torch.Generator().manual_seed(job.seed)
-    forget, surrogate = ([template.format(word) if word else "" for word in words] for words in zip(
+    forget, surrogate = ([filled(template, word) for word in words] for words in zip(
         *((pair.concept, pair.anchor) for pair in job.pairs)))
     others = preserved_prompts(job.task, job.pairs)[1:]           # without ""
     replay = [others[i % len(others)] for i in range(s.fisher_prompts)]

@@ -1,5 +1,6 @@
 """Cross-attention for methods that train on it: its probabilities, and which columns are a concept's."""
 import contextlib
+from os.path import commonprefix
 from typing import Iterator
 
 import torch
@@ -33,6 +34,17 @@ def concept_columns(tokenizer, template: str, concept: str, padding: bool) -> li
     end = 1 + tokenizer.count(template.format(concept))
     ends = (tokenizer([template.format(concept)])[0] == tokenizer.eos).nonzero()[:, 0].tolist()
     return [*range(start, start + tokenizer.count(concept)), *(ends if padding else [end])]
+
+
+def shared_rows(tokenizer, p: str, p_star: str) -> tuple[list[int], list[int]]:
+    """Rows of two prompts that are each other's: what both begin with, what both end with, and all after it.
+    Between lies what they differ in, a concept and its anchor; the longer side loses its end."""
+    k, k_star = tokenizer.count(p), tokenizer.count(p_star)
+    a, b = (ids[1:1 + n].tolist() for ids, n in zip(tokenizer([p, p_star]), (k, k_star)))
+    first = len(commonprefix([a, b]))                             # of any lists, not of paths alone
+    last = len(commonprefix([a[first:][::-1], b[first:][::-1]]))
+    rows, rows_star = ([*range(1 + first), *range(1 + n - last, tokenizer.length)] for n in (k, k_star))
+    return rows[:len(rows_star)], rows_star[:len(rows)]
 
 
 def sides_of(pixels: int, height: int, width: int) -> tuple[int, int]:

@@ -58,7 +58,7 @@ def mean_share(delta: Tensor, pair, prompts: list[str], text) -> float:
 
 def surroundings(delta: Tensor, pairs, task: str, text, most: int = 10) -> dict[str, dict[str, float]]:
     """Per pair the names nearest to the concept, by the cosine of their edited rows: {name: share}."""
-    names, found = names_around(task), {}
+    names, found = names_around(pairs, task), {}
     if not names:
         return {}
     rows = dict(zip(names, edited_rows([TASKS[task][0].format(name) for name in names], text)))

@@ -1,9 +1,7 @@
-"""The prompts that everything is made and measured with: templates, anchors, what must stay, groups;
-and what may not be meant in what is asked for."""
+"""The prompts that everything is made and measured with; and what may not be meant in what is asked for."""
 import difflib
 import re
 import shlex
-from os.path import commonprefix
 from pathlib import Path
 
 from plumbing import UserError
@@ -51,17 +49,6 @@ def templates_of(task: str) -> list[str]:
     return ASKING if task == "object" else list(dict.fromkeys([TASKS[task][0], "{}"]))
 
 
-def shared_rows(tokenizer, p: str, p_star: str) -> tuple[list[int], list[int]]:
-    """Rows of two prompts that are each other's: what both begin with, what both end with, and all after it.
-    Between lies what they differ in, a concept and its anchor; the longer side loses its end."""
-    k, k_star = tokenizer.count(p), tokenizer.count(p_star)
-    a, b = (ids[1:1 + n].tolist() for ids, n in zip(tokenizer([p, p_star]), (k, k_star)))
-    first = len(commonprefix([a, b]))                             # of any lists, not of paths alone
-    last = len(commonprefix([a[first:][::-1], b[first:][::-1]]))
-    rows, rows_star = ([*range(1 + first), *range(1 + n - last, tokenizer.length)] for n in (k, k_star))
-    return rows[:len(rows_star)], rows_star[:len(rows)]
-
-
 def use_book(path: Path | None) -> None:
     """From now on classes, synonyms, phrases and scenes are those of --book, a JSON file in the form of
     mini/captions.json; None: mini's again. Raises UserError saying what it lacks."""
@@ -91,10 +78,24 @@ def book() -> dict:
     return read_json(CHOSEN[0])
 
 
+def relatives(task: str, name: str) -> tuple[dict[str, str], str]:
+    """Of a style or a person: the names that are measured, each with a prompt that means it in another way,
+    and the anchor. The book's styles, if it is one of them, else the paper's five."""
+    styles = [*book().get("styles", {}).values()]
+    if task == "style" and name in styles:
+        return {s: f"a photo of the {x} by {s}" for x, s in zip(book()["classes"], styles)}, "an artwork"
+    return ASSOCIATED.get(task, {}), TASKS[task][1]
+
+
+def filled(template: str, word: str) -> str:
+    """A template's prompt of a word, "" of none; "an artwork", how "an artwork by {}" begins, is a prompt."""
+    return word and (word if template.startswith(f"{word} ") else template.format(word))
+
+
 def anchor_of(concept: str, task: str = "object") -> str:
     """A class's own anchor in the book; of anything else the task's."""
     classes = book()["classes"] if task == "object" else {}
-    return classes[concept]["anchor"] if concept in classes else TASKS[task][1]
+    return classes[concept]["anchor"] if concept in classes else relatives(task, concept)[1]
 
 
 def listed() -> str:
@@ -224,11 +225,10 @@ def retained_words(words: str, pairs) -> list[str]:
     return kept
 
 
-def names_around(task: str) -> list[str]:
-    """Names by which an edit is watched on the text alone: classes, their synonyms and near things, nouns; or
-    the task's own."""
+def names_around(pairs, task: str) -> list[str]:
+    """Names by which an edit is watched on the text alone: of objects the classes', near things, nouns."""
     if task != "object":
-        return list(ASSOCIATED.get(task, ()))
+        return list(dict.fromkeys(name for pair in pairs for name in relatives(task, pair.concept)[0]))
     classes = book()["classes"]
     near = [name for entry in classes.values() for group in ("synonyms", "disputed", "stay")
             for name in entry.get(group, ())]
@@ -254,10 +254,10 @@ def prompts_to_watch(concept: str, task: str = "object", anchor: str = "",
     """(what should be seen, prompt): the concept, two synonyms, two associated phrases, three others that are
     not `erased` either. Of styles and people: concept, its associated prompt, three others, the anchor."""
     if task != "object":
-        template, known = TASKS[task][0], ASSOCIATED.get(task, {})
+        template, known = TASKS[task][0], relatives(task, concept)[0]
         others = [name for name in known if name not in {concept, *erased}][:3]
         return ([(concept, template.format(concept))] + [(concept, known.get(concept))] * (concept in known)
-                + [(name, template.format(name)) for name in (*others, anchor) if name])
+                + [(name, filled(template, name)) for name in (*others, anchor) if name])
     classes = book()["classes"]
     entry = classes.get(concept, {"synonyms": [], "associated": []})
     names = [name for name in classes if name == concept or name not in erased]
@@ -287,7 +287,7 @@ def row_prompts(concept: str, task: str, seeds: range, erased=()) -> dict[str, l
     Raises UserError for a concept without prompts.
     """
     template, name = TASKS[task][0], concept.lower()
-    known = ASSOCIATED.get(task) or (book()["classes"] if task == "object" else {})
+    known = book()["classes"] if task == "object" else relatives(task, name)[0]
     if name not in known:
         raise UserError(f"{concept!r} ({task}) has no built-in prompts"
                         + f" (there are {', '.join(known)})" * bool(known)
@@ -312,16 +312,16 @@ def names_to_choose(pairs, task: str = "object") -> list[str]:
     """What CLIP chooses among when an edit is looked at: classes, other things and scenes, or the task's
     names, concepts and anchors."""
     named = [name for pair in pairs for name in (pair.concept, pair.anchor) if name]
-    known = [*book()["classes"], *other_sights()] if task == "object" else ASSOCIATED.get(task, ())
+    known = [*book()["classes"], *other_sights()] if task == "object" else names_around(pairs, task)
     return list(dict.fromkeys([*known, *named]))
 
 
-def choices(task: str) -> tuple[list[str], list[str]]:
+def choices(task: str, concept: str = "") -> tuple[list[str], list[str]]:
     """What CLIP chooses among: names, and prompts: first theirs, then those of anchors and other things."""
-    template, anchor = TASKS[task]
-    names = [*(ASSOCIATED.get(task) or book()["classes"])]
-    anchors = [anchor] if task in ASSOCIATED else [template.format(x) for x in other_sights()]
-    return names, [template.format(name) for name in names] + anchors
+    template, (known, anchor) = TASKS[task][0], relatives(task, concept)
+    names = [*(known or book()["classes"])]
+    others = [anchor] if known else [template.format(x) for x in other_sights()]
+    return names, [template.format(name) for name in names] + others
 
 
 def prompts_of(concept: str) -> dict[str, list[tuple[str, str]]]:

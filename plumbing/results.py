@@ -203,7 +203,7 @@ def rates(clip, concept: str, task: str, names, draw: Callable,
           seeds: range) -> dict[str, tuple[float, float]]:
     """Share of pictures whose first choice is the concept, and its mean probability, which decides between
     equal shares, per candidate. `draw`: jobs -> features."""
-    among, prompts = choices(task)
+    among, prompts = choices(task, concept)
     text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()     # [prompts, P]
     found, i = draw([(name, seed) for name in names for seed in seeds]), among.index(concept)
     counted = {}

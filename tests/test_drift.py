@@ -32,8 +32,8 @@ def test_a_share_is_the_part_of_the_way_that_the_edited_rows_go(text, cat):
 def test_surroundings_are_the_nearest_names_and_never_concept_or_anchor(text, cat):
     found = surroundings(torch.zeros(256, 256).double(), [cat], "object", text)["cat → ground"]
     cosines = {name: torch.cosine_similarity(rows.flatten(), cat.block().flatten(), dim=0).item()
-               for name, rows in zip(names_around("object"), edited_rows(
-                   [f"a photo of the {name}" for name in names_around("object")], text))
+               for name, rows in zip(names_around([cat], "object"), edited_rows(
+                   [f"a photo of the {name}" for name in names_around([cat], "object")], text))
                if len(rows) == cat.n}
     best = sorted(cosines, key=cosines.get, reverse=True)
     assert len(found) == 10 and {*found.values()} == {0.0} and not {"cat", "ground"} & {*found}

@@ -9,7 +9,8 @@ from baselines import mace
 from erasing import erase_with
 from helpers import random, same
 from plumbing.edits import cross_attention
-from plumbing.prompts import shared_rows, templates_of
+from plumbing.attention import shared_rows
+from plumbing.prompts import templates_of
 from sample import Model
 
 FEW = {"pictures": 2, "lora_steps": 3, "lr": 0.1}

@@ -7,8 +7,9 @@ from erasing import make_pairs
 from helpers import CLASSES, MINI
 from plumbing import UserError, prompts
 from plumbing.disk import read_json
-from plumbing.prompts import (ASSOCIATED, BOOK, PRESERVED, UNRELATED, measured_words, names_to_choose, nouns,
-                              preserved_prompts, prompts_to_watch, row_prompts)
+from plumbing.prompts import (ASSOCIATED, BOOK, PRESERVED, UNRELATED, anchor_of, measured_words, names_around,
+                              names_to_choose, nouns, preserved_prompts, prompts_to_watch, row_prompts,
+                              use_book)
 from sample import Text
 
 
@@ -77,6 +78,28 @@ def test_artists_and_celebrities_have_the_appendix_prompts_and_counts():
         assert other in others and name.lower() not in others
         with pytest.raises(UserError, match=f"banksy.*{other}"):
             row_prompts("banksy", task, range(1))
+
+
+def test_a_style_of_the_book_stands_among_the_books_and_its_anchor_is_no_style(text):
+    use_book(MINI / "next/captions.json")
+    try:
+        pair, = make_pairs(["Twemoji"], None, "style", text, "tail", 0)
+        assert (pair.anchor, pair.prompt, pair.prompt_star) == (
+            "an artwork", "an artwork by twemoji", "an artwork")
+        groups = row_prompts("Twemoji", "style", range(40))
+        assert {group: len(rows) for group, rows in groups.items()} == {"e": 40, "s": 6, "g": 40}
+        assert groups["e"][0] == ("twemoji", "an artwork by twemoji", 0)
+        assert groups["g"][0] == ("twemoji", "a photo of the bird by twemoji", 0)
+        assert {prompt for _, prompt, _ in groups["s"]} == {
+            f"an artwork by {name}" for name in read_json(MINI / "next/captions.json")["styles"].values()
+            if name != "twemoji"}
+        names, asked = prompts.choices("style", "twemoji")
+        assert len(names) == 7 and asked[7:] == ["an artwork"] and names_around([pair], "style") == names
+        watched = prompts_to_watch("twemoji", "style", "an artwork")
+        assert watched[:2] == [groups["e"][0][:2], groups["g"][0][:2]] and watched[-1] == ("an artwork",) * 2
+        assert anchor_of("van gogh", "style") == "an artist"
+    finally:
+        use_book(None)
 
 
 def test_nothing_to_compare_with_is_one_line():
