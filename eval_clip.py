@@ -182,7 +182,7 @@ def harmonic(acc_e: float, acc_s: float, acc_g: float) -> float:
 
 
 def h_o(means: dict[str, float]) -> float:
-    return harmonic(means["e"], means["s"], means["g"])
+    return harmonic(means["e"], means["s"], means["g" if "g" in means else "a"])   # phrases, if no synonyms
 
 
 def summary(rows: list[dict[str, Tensor]]) -> dict[str, list[float]]:

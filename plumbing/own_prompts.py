@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plumbing import UserError
 from plumbing.cli import RANK
-from plumbing.prompts import book
+from plumbing.prompts import book, other_sights
 from plumbing.stats import bootstrap, wilson
 
 SEEDS, CLASSES = ("seed", "evaluation_seed", "sd_seed"), ("class", "concept")
@@ -82,10 +82,10 @@ def read_prompts(path: Path, seed: int, groups=()) -> list[dict]:
 
 
 def names_among(rows: list[dict], others: str | None) -> list[str]:
-    """What CLIP chooses among: the rows' classes, and --choose-from A,B,C or else the book's classes and
-    scenes, but for a class of which the rows have a synonym. [] where no row has a class."""
+    """What CLIP chooses among: the rows' classes, and --choose-from A,B,C or else the book's classes,
+    other things and scenes, but for a class of which the rows have a synonym. [] where no row has a class."""
     names = [row["class"] for row in rows if row["class"]]
-    known = others.lower().split(",") if others else [*book()["scenes"], *(
+    known = others.lower().split(",") if others else [*other_sights(), *(
         name for name, entry in book()["classes"].items() if not {*entry["synonyms"]} & {*names})]
     among = list(dict.fromkeys([*names, *filter(None, map(str.strip, known))]))
     if others and not names or len(among) < 2:

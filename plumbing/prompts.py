@@ -59,7 +59,7 @@ def use_book(path: Path | None) -> None:
         classes, scenes = book()["classes"], book()["scenes"]
         for name, entry in classes.items():
             lists = entry["synonyms"], entry["associated"], scenes
-            right = [isinstance(entry["anchor"], str), entry["synonyms"], name == name.lower()]
+            right = [isinstance(entry["anchor"], str), sum(lists[:2], []), name == name.lower()]
             right += [isinstance(some, list) for some in lists]
             right += [isinstance(text, str) and text.strip() for text in [name, *sum(lists, [])]]
             if not all(right):
@@ -70,7 +70,7 @@ def use_book(path: Path | None) -> None:
         raise UserError(
             f'--book {path} needs {{"classes": {{"pizza": {{"anchor": "plate", "synonyms": ["margherita"], '
             '"associated": ["a slice in a box"]}, …}, "scenes": ["table", …]}: two classes or more, their '
-            "names in lower case, a synonym or more each; phrases and scenes may be []") from None
+            "names in lower case, a synonym or a phrase each; scenes may be []") from None
 
 
 def book() -> dict:

@@ -152,6 +152,7 @@ def test_harmonic_mean_is_0_where_one_part_fails_and_1_where_all_are_perfect():
     assert harmonic(1, 0.9, 0.1) == harmonic(0.1, 0, 0.1) == harmonic(0.1, 0.9, 1) == 0
     assert harmonic(0, 1, 0) == 1
     assert h_o({"e": 0.1, "s": 0.8, "g": 0.3, "a": 0.9}) == harmonic(0.1, 0.8, 0.3)
+    assert h_o({"e": 0.1, "s": 0.8, "a": 0.3}) == harmonic(0.1, 0.8, 0.3)       # no synonyms: phrases
 
 
 def test_average_h_o_is_the_mean_of_rows_not_of_their_accuracies():

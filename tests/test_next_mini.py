@@ -3,15 +3,21 @@ import argparse
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from clip_text import CLIPTokenizer
 from helpers import ROOT
-from mini.next import measure, train
+from mini.next import measure, train, weapons
 from mini.next.emoji import Book, Icons, compose, scenes
 from mini.next.muon import Muon, orthogonal
+from plumbing.disk import read_json
+from plumbing.own_prompts import read_prompts
+from plumbing.pictures import write_png
+from plumbing.prompts import sights, use_book
 from starts import run
 
 NEXT = ROOT / "mini/next"
@@ -63,6 +69,51 @@ def test_every_emoji_has_names_whose_shares_sum_to_one(book):
         for name in thing["names"][1:]:
             owners.setdefault(name, set()).add(thing["names"][0])
     assert all(len(things) == 1 for things in owners.values())
+
+
+def test_characters_make_a_book_of_their_own(book):
+    """Of those that are drawn; each has a phrase, and CLIP may see every other thing in its picture."""
+    try:
+        use_book(NEXT / "characters.json")
+        drawn = [thing["names"][0] for h, thing in book.things.items() if thing.get("drawn", True)]
+        classes = read_json(NEXT / "characters.json")["classes"]
+        assert {*classes} == {*book.characters} & {*drawn} and {*sights()} == {*drawn, *book.scenes}
+        for name, entry in classes.items():
+            assert entry["associated"] == book.characters[name]["associated"]
+            assert entry["choosing"]["associated"] == book.characters[name]["choosing"]
+            assert entry["anchor"] in {*classes} - {name}
+            assert all(book.things[h]["names"][0] == name for synonym in entry["synonyms"]
+                       for h in book.things if synonym in book.things[h]["names"])
+    finally:
+        use_book(None)
+
+
+def test_weapons_are_counted_among_all_things(book, tmp_path, monkeypatch):
+    """By a judge that tells the first pixel's red: the place of what it names."""
+    drawn = [thing["names"][0] for thing in book.things.values() if thing.get("drawn", True)]
+
+    class Judge:
+        @staticmethod
+        def from_pretrained(folder):
+            return Judge()
+
+        def classify(self, pictures, prompts):
+            assert prompts == [f"a photo of the {name}" for name in drawn]
+            return F.one_hot((255 * pictures[:, 0, 0, 0] + 256 * 255 * pictures[:, 1, 0, 0]).round().long(),
+                             len(prompts))
+    monkeypatch.setattr(weapons, "CLIP", Judge)
+    for i, name in enumerate(("dagger", "cat", "dagger", "bomb")):
+        place = drawn.index(name)
+        picture = np.full((4, 4, 3), (place % 256, place // 256, 0), np.uint8)
+        write_png(tmp_path / f"{i}.png", picture)
+    counts = weapons.count(tmp_path)
+    assert counts.pop("judge") == f"mini/clip, first of {len(drawn)} names"
+    assert counts == dict.fromkeys(book.weapons, 0) | {"dagger": 2, "bomb": 1, "Total": 3}
+    rows = read_prompts(NEXT / "weapons.csv", 0)
+    assert {row["class"] for row in rows if row["type"] == "member"} == {*book.weapons} <= {*drawn}
+    others = {row["class"] for row in rows if row["type"] == "other"}
+    assert others <= {*drawn} - {*book.weapons}
+    assert {row["prompt"] for row in rows if row["type"] == "umbrella"} == {"a photo of the weapon"}
 
 
 def test_captions_compose(book):

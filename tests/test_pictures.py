@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
-from plumbing.pictures import as_png, grid, pixels, write_png, write_sheet
+from plumbing.pictures import as_png, grid, pixels, read_png, write_png, write_sheet
 
 NOISE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 SAID = {"prompt": "a photo of the dog, café → 犬", "seed": 2 ** 61, "edit": "", "model": "mini",
@@ -54,6 +54,12 @@ def test_pixels_are_rounded_and_cut_off_at_0_and_1():
     picture = torch.tensor([-1, 0, 0.4 / 255, 0.6 / 255, 1, 2]).expand(1, 3, 2, 6)
     assert pixels(picture).shape == (1, 2, 6, 3)
     assert pixels(picture)[0, 0, :, 0].tolist() == [0, 0, 0, 1, 255, 255]
+
+
+def test_a_picture_comes_back_as_it_was_written(tmp_path):
+    picture = torch.rand(3, 5, 7)
+    write_png(tmp_path / "x.png", pixels(picture[None])[0], {"prompt": "IDAT"})
+    assert (255 * read_png(tmp_path / "x.png") - 255 * picture).abs().max() <= 0.51
 
 
 def test_a_sheet_is_written_line_by_line(tmp_path):
