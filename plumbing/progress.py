@@ -12,6 +12,7 @@ def progress(steps: int | Iterable, what: str, unit: str, quiet: bool = False) -
     how = {"total": steps} if isinstance(steps, int) else {"iterable": steps}
     bar = tqdm(**how, desc=what, unit=unit, leave=False, disable=quiet or None)
     if bar.disable and bar.total and not quiet and what not in BEGUN:
-        print(f"{what}: {bar.total} {unit}s …", file=sys.stderr)
+        many = "" if bar.total == 1 else "es" if unit[-1] in "sh" else "s"
+        print(f"{what}: {bar.total} {unit}{many} …", file=sys.stderr)
         BEGUN.add(what)
     return bar

@@ -23,7 +23,9 @@ def test_without_a_terminal_a_line_as_each_part_begins(capsys):
     progress(0, "nothing", "step"), progress(5, "hidden", "step", quiet=True)
     with progress(7, "b", "edit") as bar:
         bar.update(7)
-    assert capsys.readouterr().err == "noise alignment: 3 steps …\nb: 7 edits …\n"
+    progress(1, "c", "picture"), progress(2, "d", "class"), progress(20, "e", "batch")
+    assert capsys.readouterr().err == (
+        "noise alignment: 3 steps …\nb: 7 edits …\nc: 1 picture …\nd: 2 classes …\ne: 20 batches …\n")
 
 
 def test_in_a_terminal_a_bar(monkeypatch):
