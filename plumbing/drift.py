@@ -66,7 +66,7 @@ def surroundings(delta: Tensor, pairs, task: str, text, most: int = 10) -> dict[
         near = {name: nearness(pair, rows[name]) for name in names}
         near = [name for name in sorted(near, key=near.get, reverse=True)
                 if name not in (pair.concept, pair.anchor)][:most]
-        found[str(pair)] = {name: round(share(delta, pair, rows[name]), 3) for name in near}
+        found[str(pair)] = {name: round(share(delta, pair, rows[name]), 3) + 0.0 for name in near}   # not -0
     return found
 
 
