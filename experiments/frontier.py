@@ -18,7 +18,8 @@ from the same noise: near things, the nearest of them by the text (the canary), 
 one synonym and one phrase of each; `disputed` is what readers disagree about. (Of the untouched model itself
 it is a share of all.) Random rows have four seeds of the edit, trained ones three on three classes. Intervals
 are the wider of two: classes and their edits drawn again, and Wilson's over pictures. “H_o − RealEra's” is
-the difference to the row "RealEra, expected", class by class.
+the difference to the row "RealEra, expected", class by class. Seconds are those of the erasure, wherever its
+edit was made; MB the size of its weights.
 
 tries.json has all tries, cells.json every class by itself, frontier.svg a curve per row, of the tries. Ten
 classes and the default rows are some 100,000 pictures, ten hours on two cores; a killed run goes on. Of the
@@ -41,6 +42,7 @@ from experiments.shares import groups_of, near_things
 from experiments.tables import NOISE, drift_of, each
 from plumbing import UserError, svg
 from plumbing.cli import RANK, at_least_1, command_line, measuring_args, program
+from plumbing.disk import read_json
 from plumbing.making import Recipe, recipe
 from plumbing.models import model_folder
 from plumbing.prompts import book, drawn_names, meanings, prompt_of, sights
@@ -117,9 +119,18 @@ def method_recipe(concept: str, what: tuple, seed: int, dtype: str) -> Recipe:
                   anchor=ANCHOR.get(row))
 
 
+def numbers_of(edit: Path | None) -> dict[str, float]:
+    """What an edit moves in the text, what it cost on this machine, and the size of its file."""
+    if edit is None:
+        return {"drift": 0.0}
+    seconds = sum(read_json(edit / "run.json").get("seconds", {}).values())
+    files = sum(path.stat().st_size for path in edit.glob("*.safetensors"))
+    return {"drift": drift_of(edit), "seconds": round(seconds, 1), "MB": round(files / 1e6, 2)}
+
+
 def measure(cells: list[tuple], words: str, seeds: range, args, steps: int | None) -> list[dict[str, list]]:
     """Per cell (concept, what `method_recipe` takes, or None for the untouched model): {group: [right, of]},
-    numbers of pictures, and the text's drift; {} if the edit could not be made. Each concept's untouched cell
+    numbers of pictures, and `numbers_of` the edit; {} if it could not be made. Each concept's untouched cell
     comes before its others."""
     text, names, shown, before, found = Text(model_folder(args.model)), sights(), None, {}, []
     groups = {concept: asked(concept, words, text) for concept in dict.fromkeys(c for c, _ in cells)}
@@ -143,7 +154,7 @@ def measure(cells: list[tuple], words: str, seeds: range, args, steps: int | Non
         else:                                                     # of what stays, what was drawn right before
             right = {group: x if group in GO else x[before[concept][group]] for group, x in right.items()}
         found.append({group: [int(x.sum()), len(x)] for group, x in right.items() if len(x)}
-                     | {"drift": drift_of(edit)})
+                     | numbers_of(edit))
     return found
 
 
@@ -228,13 +239,13 @@ def seeds_of(row: str, concept: str, classes: list[str]) -> range:
 def alike(cells: list[tuple]) -> list[tuple]:
     """Cells (concept, counts) with numbers divided by how many edits the class has: classes count alike."""
     times = Counter(concept for concept, _ in cells)
-    return [(concept, {group: x if group == "drift" else [number / times[concept] for number in x]
+    return [(concept, {group: [number / times[concept] for number in x] if isinstance(x, list) else x
                        for group, x in counts.items()}) for concept, counts in cells]
 
 
 def summary(row: str | None, cells: list[tuple], best: list[str], halves: list, reference: list) -> dict:
     """A line of the table: cells (concept, counts) of the row, and of the row to compare with."""
-    groups = dict.fromkeys(group for _, counts in cells for group in counts if group != "drift")
+    groups = dict.fromkeys(group for _, counts in cells for group, x in counts.items() if isinstance(x, list))
     line = {"row": row or "untouched", "strength": "; ".join(dict.fromkeys(best)) if row else "–"}
     line |= {group: interval(cells, lambda some: mean(some, group), group) for group in groups}
     second = [(concept, counts) for concept, counts in cells if concept in halves[1]]
@@ -242,7 +253,9 @@ def summary(row: str | None, cells: list[tuple], best: list[str], halves: list, 
         line |= {name: interval(cells, h), f"{name}, second half": interval(second, h)}
         if row and row != REFERENCE and {c for c, _ in cells} == {c for c, _ in reference}:
             line[f"{name} − RealEra's"] = interval(cells, h, less=reference)
-    return line | {"drift": round(statistics.mean(counts.get("drift", 0.0) for _, counts in cells), 3)}
+    numbers = {name: [counts[name] for _, counts in cells if name in counts]
+               for name in ("drift", "seconds", "MB")}
+    return line | {name: round(statistics.mean(some), 3) for name, some in numbers.items() if some}
 
 
 def main() -> None:
@@ -282,7 +295,7 @@ def main() -> None:
     if RANK == 0:
         flat = [dict(zip(("class", "row", "strength", "seed of the edit"),
                          (concept, *(what or ("untouched", "–", 0)))))
-                | {group: x if group == "drift" else f"{x[0]} of {x[1]}" for group, x in counts.items()}
+                | {group: f"{x[0]} of {x[1]}" if isinstance(x, list) else x for group, x in counts.items()}
                 for (concept, what), counts in zip(cells, found)]
         write_tables(args.out, f"cells{name}", flat)
         write_tables(args.out, f"frontier{name}", table)

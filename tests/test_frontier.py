@@ -90,7 +90,8 @@ def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatc
         asked.append((cells, words, seeds))
         good = [what and (what[1] == "reach=1") == (concept != "dog") for concept, what in cells]
         return [{"concept": [1, 10], "synonyms": [1, 5] if one else [3, 5], "phrases": [1, 2],
-                 "near": [9, 10], "canary": [4, 5], "other classes": [9, 10], "drift": 0.0} for one in good]
+                 "near": [9, 10], "canary": [4, 5], "other classes": [9, 10], "drift": 0.0, "MB": 2.0}
+                for one in good]
 
     monkeypatch.setattr(frontier, "measure", measure)
     monkeypatch.setattr(frontier, "ROWS", {row: ("realera.py", [], ["reach=1", "reach=2"]) for row in "ab"})
@@ -108,6 +109,7 @@ def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatc
     assert [what[2] for concept, what in cells if what and (what[0], concept) == ("b", "cat")] == [0, 1, 2, 3]
     table = json.loads((small / "o/frontier-a+b.json").read_text())
     assert [row["row"] for row in table] == ["untouched", "a", "b"]
+    assert table[1]["MB"] == 2 and "seconds" not in table[1]
     assert table[1]["synonyms"][0] == pytest.approx(60) and table[1]["strength"] == "reach=1; reach=2"
     # 3 / (1/0.9 + 1/0.9 + 1/0.4), and with near things and phrases
     assert table[1]["H_o"][0] == pytest.approx(100 * 3 / (1 / .9 + 1 / .9 + 1 / .4), abs=0.01)
@@ -171,6 +173,9 @@ def test_the_command_draws_a_table_and_a_curve_and_goes_on(here, small, monkeypa
     assert {(cell["class"], cell["row"]) for cell in tables[2]} == {
         (concept, row) for concept in ("cat", "dog") for row in ("untouched", "reach", "UCE")}
     assert tables[2][-1]["class"] == "dog" and tables[2][-1]["synonyms"].endswith(" of 1")
+    assert "seconds" not in tables[1][0] and all(row["seconds"] > 0 < row["drift"] for row in tables[1][1:])
+    file = next((small / "o/edits").iterdir()) / "erased.safetensors"                # of as many bytes as any
+    assert all(row["MB"] == round(file.stat().st_size / 1e6, 2) for row in tables[1][1:])
     drawn = ElementTree.parse(small / "o/frontier-reach+UCE.svg").getroot()
     assert {"reach", "UCE"} <= {element.text for element in drawn.iter()}
     made = sorted(path.name for path in (small / "o/edits").iterdir())
