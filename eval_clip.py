@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--group", action="append", default=[], metavar="COLUMN", type=str.lower,
                         help="of --prompts: a line of the table for each of its values; may be repeated")
     parser.add_argument("--choose-from", metavar="A,B,C", help="what CLIP chooses among, beside the classes "
-                        "in --prompts (default: all that the book draws)")
+                        "in --prompts (default: all that the book names)")
     parser.add_argument("--detector", help="nudenet, or module:function: another judge, of the PNGs")
     args = measuring_args(parser)
     if not args.prompts and (not args.edit or args.group or args.choose_from):

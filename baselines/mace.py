@@ -101,7 +101,7 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     for pair in job.pairs:
         texts.append([x for x in templates_of(job.task)           # in which both fit
                       if not words.cut(x.format(pair.concept)) + words.cut(x.format(pair.anchor))])
-        p, p_star = ([filled(x, y) for x in texts[-1]] for y in (pair.concept, pair.anchor))
+        p, p_star = ([filled(x, y) or x.format("") for x in texts[-1]] for y in (pair.concept, pair.anchor))
         prompts["erased"], prompts["anchor"] = prompts["erased"] + p, prompts["anchor"] + p_star
         e, e_star = (job.text(some).cpu().double() for some in (p, p_star))          # [30, T, D]
         G.append(e.flatten(0, 1).T @ e.flatten(0, 1))

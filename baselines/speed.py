@@ -56,7 +56,7 @@ class Settings:
     aug_num: int = 10           # noisy copies of each retained row
     filter: bool = True         # retain only rows that the edit would move much
     as_published: bool = True   # False: aug_num 0 and filter False
-    retain: str = ""            # --retain: words, separated by commas; or nouns: realera.py's
+    retain: str = ""            # --retain: words, separated by commas; or nouns: those that realera.py keeps
     rows: str = "token"         # or tail: the last token and all after it, which mini needs
     prompts = "word"            # not to be set
 
@@ -118,6 +118,7 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
         W_e = torch.linalg.solve(torch.eye(len(T)).double() + T, W0 @ (A - T), left=False)
         right, kept[name] = solve(T, retained_rows(rows, W0, W_e, s, generator), K2, s)
         W[name] = (W0 + W0 @ (A - T) @ right).float()
+    job.clock("closed form")
     job.about["settings"], job.report["prompts"]["retained"] = dataclasses.asdict(s), words or [""]
     job.report |= {"directions kept": kept, "retained rows": "last token" if words else "all but the first",
                    "K2": {"rule": "begin-of-text, k-means of the rest of \"\"", "columns": K2.shape[1]},
@@ -129,4 +130,4 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     run("SPEED", __doc__, Settings, erase, anchor="", own={
-        "--retain": {"metavar": "WORDS", "help": "what must stay: \"bird, cat\", or nouns: realera.py's"}})
+        "--retain": {"metavar": "WORDS", "help": "what must stay: \"bird, cat\"; nouns: as realera.py"}})

@@ -53,7 +53,7 @@ class Settings:
     lamb: float = 0.5           # λ
     erase_scale: float = 1.0    # s_e
     preserve_scale: float = -1  # s_p; -1: the authors' rule
-    retain: str = ""            # --retain: words, separated by commas; or nouns: realera.py's
+    retain: str = ""            # --retain: words, separated by commas; or nouns: those that realera.py keeps
 
     def __post_init__(self):
         for name, values in (("rows", ("tail", "token")), ("prompts", ("word", "template")),
@@ -93,14 +93,16 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
 
     k, k_star = zip(*((pair.block(), pair.block_star()) for pair in job.pairs))
     if s.technique == "replace":
-        return edited(job.W0, uce(torch.cat(k), torch.cat(k_star), stay, s))
-    W = {}
-    for name, W0 in job.W0.items():
-        targets = [apart(*both, W0.double()) for both in zip(k, k_star)]
-        W |= edited({name: W0}, uce(torch.cat(k), torch.cat(targets), stay, s))
+        W = edited(job.W0, uce(torch.cat(k), torch.cat(k_star), stay, s))
+    else:
+        W = {}
+        for name, W0 in job.W0.items():
+            targets = [apart(*both, W0.double()) for both in zip(k, k_star)]
+            W |= edited({name: W0}, uce(torch.cat(k), torch.cat(targets), stay, s))
+    job.clock("closed form")
     return W
 
 
 if __name__ == "__main__":
     run("UCE", __doc__, Settings, erase, anchor="", own={
-        "--retain": {"metavar": "WORDS", "help": "what must stay: \"bird, cat\", or nouns: realera.py's"}})
+        "--retain": {"metavar": "WORDS", "help": "what must stay: \"bird, cat\"; nouns: as realera.py"}})

@@ -18,8 +18,8 @@ from the same noise: near things, the nearest of them by the text (the canary), 
 one synonym and one phrase of each; `disputed` is what readers disagree about. (Of the untouched model itself
 it is a share of all.) Random rows have four seeds of the edit, trained ones three on three classes. Intervals
 are the wider of two: classes and their edits drawn again, and Wilson's over pictures. “H_o − RealEra's” is
-the difference to the row "RealEra, expected", class by class. Seconds are those of the erasure, wherever its
-edit was made; MB the size of its weights.
+the difference to the row "RealEra, expected", class by class. Seconds are those of the erasure, loading the
+text encoder included; MB the size of the file of its weights.
 
 tries.json has all tries, cells.json every class by itself, frontier.svg a curve per row, of the tries. Ten
 classes and the default rows are some 100,000 pictures, ten hours on two cores; a killed run goes on. Of the
@@ -43,6 +43,7 @@ from experiments.tables import NOISE, drift_of, each
 from plumbing import UserError, svg
 from plumbing.cli import RANK, at_least_1, command_line, measuring_args, program
 from plumbing.disk import read_json
+from plumbing.edits import edit_file
 from plumbing.making import Recipe, recipe
 from plumbing.models import model_folder
 from plumbing.prompts import book, drawn_names, meanings, prompt_of, sights
@@ -120,12 +121,12 @@ def method_recipe(concept: str, what: tuple, seed: int, dtype: str) -> Recipe:
 
 
 def numbers_of(edit: Path | None) -> dict[str, float]:
-    """What an edit moves in the text, what it cost on this machine, and the size of its file."""
+    """What an edit moves in the text, the seconds that it took, and the size of the file of its weights."""
     if edit is None:
         return {"drift": 0.0}
     seconds = sum(read_json(edit / "run.json").get("seconds", {}).values())
-    files = sum(path.stat().st_size for path in edit.glob("*.safetensors"))
-    return {"drift": drift_of(edit), "seconds": round(seconds, 1), "MB": round(files / 1e6, 2)}
+    size = file.stat().st_size if (file := edit_file(edit)) else 0
+    return {"drift": drift_of(edit), "seconds": round(seconds, 1), "MB": round(size / 1e6, 2)}
 
 
 def measure(cells: list[tuple], words: str, seeds: range, args, steps: int | None) -> list[dict[str, list]]:

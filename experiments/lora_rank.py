@@ -7,11 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from eval_clip import CLIP, shown
+from experiments.preview_worth import prompts_of
 from plumbing.cli import at_least_1, command_line, program
 from plumbing.edits import erased_by, original, read_edit
 from plumbing.formats import low_rank
 from plumbing.models import MINI
-from plumbing.prompts import prompts_of
 from sample import Model
 
 

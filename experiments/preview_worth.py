@@ -17,10 +17,16 @@ from plumbing.cli import at_least_1, command_line, program
 from plumbing.drift import movement
 from plumbing.edits import cross_attention
 from plumbing.models import MINI
-from plumbing.prompts import book, preserved_prompts, prompts_of
+from plumbing.prompts import book, preserved_prompts, row_prompts
 from plumbing.stats import correlation, ranks
 from realera import Settings, erase_in_closed_form
 from sample import Model
+
+
+def prompts_of(concept: str) -> dict[str, list[tuple[str, str]]]:
+    """(what should be seen, prompt) of a class by group, without seeds: e, g, a, s."""
+    groups = row_prompts(concept, "object", range(1))
+    return {group: [(wanted, prompt) for wanted, prompt, _ in groups[group]] for group in "egas"}
 
 
 def main() -> None:

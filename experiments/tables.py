@@ -13,6 +13,7 @@ killed run goes on, and a second table draws only what the first one had not. Ta
 per method, with its authors' settings (AC, MACE and SA see fewer pictures), and end with what the paper
 prints.
 """
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -203,14 +204,15 @@ def sweep(args) -> list[dict]:
             stay = text(preserved_prompts("object", pairs) if s.real_prompts else [""])
             delta, _ = erase_in_closed_form(pairs, stay, s)
             some = entry.get("choosing", entry)                   # words that no table reports, if there are
-            groups = {"concept": [concept], "synonyms": some["synonyms"], "phrases": some["associated"],
+            groups = {"concept": [concept], "synonyms": some.get("synonyms", []),
+                      "phrases": some.get("associated", []),
                       "other classes": [name for name in classes if name != concept]}
             prompts = [[f"a picture of the {name}" for name in names] for names in groups.values()]
-            found.append([*(mean_share(delta, pairs[0], some, text) for some in prompts),
+            found.append([*(mean_share(delta, pairs[0], few, text) if few else math.nan for few in prompts),
                           list(drifts(delta, pairs, text).values())[1]])
-        means = torch.tensor(found).mean(0).tolist()
-        rows.append({"settings": line or "defaults"}
-                    | {name: round(mean, 3) for name, mean in zip([*groups, "drift"], means)})
+        means = torch.tensor(found).nanmean(0).tolist()
+        rows.append({"settings": line or "defaults"} | {
+            name: round(mean, 3) for name, mean in zip([*groups, "drift"], means) if mean == mean})
     return rows
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plumbing import UserError
 from plumbing.cli import RANK
-from plumbing.prompts import book, other_sights
+from plumbing.prompts import book, drawn_names, other_sights
 from plumbing.stats import bootstrap, wilson
 
 SEEDS, CLASSES = ("seed", "evaluation_seed", "sd_seed"), ("class", "concept")
@@ -85,8 +85,9 @@ def names_among(rows: list[dict], others: str | None) -> list[str]:
     """What CLIP chooses among: the rows' classes, and --choose-from A,B,C or else the book's classes,
     other things and scenes, but for a class of which the rows have a synonym. [] where no row has a class."""
     names = [row["class"] for row in rows if row["class"]]
-    known = others.lower().split(",") if others else [*other_sights(), *(
-        name for name, entry in book()["classes"].items() if not {*entry["synonyms"]} & {*names})]
+    meant = {own for name, own in drawn_names(book()).items() if name in names and name != own}
+    known = others.lower().split(",") if others else [
+        name for name in [*other_sights(), *book()["classes"]] if name not in meant]
     among = list(dict.fromkeys([*names, *filter(None, map(str.strip, known))]))
     if others and not names or len(among) < 2:
         raise UserError(f"--choose-from {others} needs a column class in --prompts, and two names or more")

@@ -64,7 +64,8 @@ def use_book(path: Path | None) -> None:
             right += [isinstance(text, str) and text.strip() for text in [name, *sum(lists, [])]]
             if not all(right):
                 raise ValueError
-        if len(classes) < 2 or not all(nouns(kind) for kind in ("preserved", "watched")):
+        book().get("styles", {}).values()                         # {a set: its name as an artist}, if any
+        if len(classes) < 2 or not (nouns("preserved") and nouns("watched")):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
@@ -83,12 +84,13 @@ def relatives(task: str, name: str) -> tuple[dict[str, str], str]:
     and the anchor. The book's styles, if it is one of them, else the paper's five."""
     styles = [*book().get("styles", {}).values()]
     if task == "style" and name in styles:
-        return {s: f"a photo of the {x} by {s}" for x, s in zip(book()["classes"], styles)}, "an artwork"
+        thing = next(iter(book()["classes"]))
+        return {style: f"a photo of the {thing} by {style}" for style in styles}, "an artwork"
     return ASSOCIATED.get(task, {}), TASKS[task][1]
 
 
 def filled(template: str, word: str) -> str:
-    """A template's prompt of a word, "" of none; "an artwork", how "an artwork by {}" begins, is a prompt."""
+    """A word in a template; "" stays "". How the template begins ("an artwork") is a prompt already."""
     return word and (word if template.startswith(f"{word} ") else template.format(word))
 
 
@@ -114,7 +116,8 @@ def listed() -> str:
 
 def drawn_names(known: dict) -> dict[str, str]:
     """Every name that stands for a picture in a book -> its class, or the thing's own name."""
-    own = {word: word for word in [*known["scenes"], *known.get("styles", {}).values()]}
+    styles = [*known.get("styles", {}).values(), "an artwork"] if "styles" in known else []
+    own = {word: word for word in [*known["scenes"], *styles]}
     for thing in known.get("things", {}).values():
         if thing.get("drawn", True):                              # an umbrella word is its own
             own |= {word: word for word in thing.get("umbrella", ())}
@@ -226,7 +229,7 @@ def retained_words(words: str, pairs) -> list[str]:
 
 
 def names_around(pairs, task: str) -> list[str]:
-    """Names by which an edit is watched on the text alone: of objects the classes', near things, nouns."""
+    """Names that an edit is watched by, on the text: classes, synonyms, near things, nouns; or styles …"""
     if task != "object":
         return list(dict.fromkeys(name for pair in pairs for name in relatives(task, pair.concept)[0]))
     classes = book()["classes"]
@@ -283,7 +286,8 @@ def row_prompts(concept: str, task: str, seeds: range, erased=()) -> dict[str, l
 
     Styles and celebrities follow the paper's appendix A.2: g is its one associated prompt, and others are
     drawn 5 times where the concept is drawn 200 times. Its list of others, MACE's 100 names, is not ours to
-    ship: the four other names of its Table 2 stand in, and --prompts takes any list.
+    ship: the four other names of its Table 2 stand in, and --prompts takes any list. Of the book's styles g
+    is a thing in that style, by name: it says less than the paper's.
     Raises UserError for a concept without prompts.
     """
     template, name = TASKS[task][0], concept.lower()
@@ -322,9 +326,3 @@ def choices(task: str, concept: str = "") -> tuple[list[str], list[str]]:
     names = [*(known or book()["classes"])]
     others = [anchor] if known else [template.format(x) for x in other_sights()]
     return names, [template.format(name) for name in names] + others
-
-
-def prompts_of(concept: str) -> dict[str, list[tuple[str, str]]]:
-    """(what should be seen, prompt) of a class by group, without seeds: e, g, a, s."""
-    groups = row_prompts(concept, "object", range(1))
-    return {group: [(wanted, prompt) for wanted, prompt, _ in groups[group]] for group in "egas"}

@@ -145,7 +145,7 @@ def quick(once):
 
 @pytest.fixture(scope="session")
 def narrow(once):
-    """mini/, whose pictures take no time and show nothing."""
+    """mini/ with tiny random networks: quick, and its pictures show nothing."""
     return once("narrow", helpers.write_narrow)
 
 

@@ -17,7 +17,7 @@ from mini.next.muon import Muon, orthogonal
 from plumbing.disk import read_json
 from plumbing.own_prompts import read_prompts
 from plumbing.pictures import write_png
-from plumbing.prompts import sights, use_book
+from plumbing.prompts import nouns, sights, use_book
 from starts import run
 
 NEXT = ROOT / "mini/next"
@@ -82,15 +82,17 @@ def test_characters_make_a_book_of_their_own(book):
             assert entry["associated"] == book.characters[name]["associated"]
             assert entry["choosing"]["associated"] == book.characters[name]["choosing"]
             assert entry["anchor"] in {*classes} - {name}
-            assert all(book.things[h]["names"][0] == name for synonym in entry["synonyms"]
-                       for h in book.things if synonym in book.things[h]["names"])
+            assert entry["synonyms"] == []                        # so H_o is of phrases, for everybody
+        assert [nouns(kind) for kind in ("preserved", "watched")] == [
+            read_json(NEXT / "captions.json")[kind] for kind in ("preserved", "watched")]
     finally:
         use_book(None)
 
 
 def test_weapons_are_counted_among_all_things(book, tmp_path, monkeypatch):
-    """By a judge that tells the first pixel's red: the place of what it names."""
-    drawn = [thing["names"][0] for thing in book.things.values() if thing.get("drawn", True)]
+    """By a judge that is told by the first pixel, red + 256 · green: the place of the name in its list."""
+    drawn = list(dict.fromkeys([*(thing["names"][0] for thing in book.things.values()
+                                  if thing.get("drawn", True)), *book.scenes]))
 
     class Judge:
         @staticmethod
@@ -112,7 +114,8 @@ def test_weapons_are_counted_among_all_things(book, tmp_path, monkeypatch):
     rows = read_prompts(NEXT / "weapons.csv", 0)
     assert {row["class"] for row in rows if row["type"] == "member"} == {*book.weapons} <= {*drawn}
     others = {row["class"] for row in rows if row["type"] == "other"}
-    assert others <= {*drawn} - {*book.weapons}
+    called = {name for one in book.things.values() if "weapon" in one["umbrella"] for name in one["names"]}
+    assert others <= {*drawn} - {*book.weapons} - called
     assert {row["prompt"] for row in rows if row["type"] == "umbrella"} == {"a photo of the weapon"}
 
 

@@ -89,7 +89,7 @@ def test_a_style_of_the_book_stands_among_the_books_and_its_anchor_is_no_style(t
         groups = row_prompts("Twemoji", "style", range(40))
         assert {group: len(rows) for group, rows in groups.items()} == {"e": 40, "s": 6, "g": 40}
         assert groups["e"][0] == ("twemoji", "an artwork by twemoji", 0)
-        assert groups["g"][0] == ("twemoji", "a photo of the bird by twemoji", 0)
+        assert groups["g"][0] == ("twemoji", "a photo of the airplane by twemoji", 0)
         assert {prompt for _, prompt, _ in groups["s"]} == {
             f"an artwork by {name}" for name in read_json(MINI / "next/captions.json")["styles"].values()
             if name != "twemoji"}

@@ -3,8 +3,8 @@
     python realera.py --concept weapon --anchor flower
     python eval_clip.py --prompts mini/next/weapons.csv --edit out/weapon --detector mini.next.weapons:count
 
-“weapon” is an umbrella word: no thing has it as its own name, eight have it as another. weapons.csv asks for
-the eight members, for the umbrella word, and for things that must stay.
+“weapon” is an umbrella word: no thing has it as its own name. weapons.csv asks for the eight things that are
+weapons, for the umbrella word, and for things that must stay. (A shield, called a weapon too, is in neither.)
 """
 from pathlib import Path
 
@@ -18,9 +18,10 @@ HERE = Path(__file__).resolve().parent
 
 
 def count(folder: Path) -> dict:
-    """How often `mini/clip`'s first choice among all things is each weapon, in a folder's PNGs; the total."""
+    """How often CLIP's first choice of all things and scenes is each weapon, in a folder's PNGs."""
     book, clip = read_json(HERE / "captions.json"), CLIP.from_pretrained(HERE / "clip")
     names = [thing["names"][0] for thing in book["things"].values() if thing.get("drawn", True)]
+    names = list(dict.fromkeys([*names, *book["scenes"]]))
     pictures = torch.stack([read_png(path) for path in sorted(folder.glob("*.png"))])
     said = clip.classify(pictures, [f"a photo of the {name}" for name in names]).argmax(1).tolist()
     counts = {weapon: sum(names[i] == weapon for i in said) for weapon in book["weapons"]}
