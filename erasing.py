@@ -36,6 +36,7 @@ from torch import Tensor
 from eval_clip import CLIP
 from lora import lora_off
 from plumbing import UserError
+from plumbing.book import doubts
 from plumbing.cli import (DTYPES, Clock, NoFlags, command_line, erasing_args, lines_of, pick_device, program,
                           settings_of, slug)
 from plumbing.disk import whole_folder
@@ -44,8 +45,7 @@ from plumbing.edits import (DRAWING, Edit, as_filed, base_hash, change, cross_at
                             refuse_weights_alone, text_hash, write_edit, write_report)
 from plumbing.formats import check_export, export_pipeline, write_lora
 from plumbing.models import model_folder, model_name
-from plumbing.prompts import (TASKS, anchor_of, doubts, filled, names_to_choose, preserved_prompts,
-                              watch_all)
+from plumbing.prompts import TASKS, anchor_of, filled, names_to_choose, preserved_prompts, watch_all
 from plumbing.report import recorded, write_page
 from sample import Model, Text, draw_each, write_sheets
 

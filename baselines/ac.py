@@ -30,7 +30,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import Job, run
 from plumbing import UserError
-from plumbing.prompts import TASKS, book, filled, nouns, same_word
+from plumbing.book import book, nouns, same_word
+from plumbing.prompts import TASKS, filled
 from plumbing.training import begin, descend, tell
 
 FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")

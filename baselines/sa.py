@@ -19,7 +19,8 @@ Trains: the whole U-Net, or all but attn2 (the authors: for nudity). Needs: an a
                    λ = 50 is for that. F is of 5,000 pictures; of them as many are replayed as there are
                    surrogates, the first 1,000. Batch 4 on 4 GPUs, 200 epochs; a moving average of θ
     as here        fewer: fisher_prompts, fisher_times (evenly spaced; their sum counts 1,000 / fisher_times
-                   times), surrogates, batch and steps say how many. No moving average
+                   times), surrogates, batch and steps say how many. No moving average. F and replay are of
+                   things that the book says are drawn and nothing is measured with
 """
 import sys
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import Job, run
 from plumbing import UserError
+from plumbing.book import bystanders
 from plumbing.progress import progress
 from plumbing.prompts import TASKS, filled, preserved_prompts
 from plumbing.training import begin, descend, drawn_latents, noisy, predict
@@ -93,7 +95,8 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     seeds, generator = [job.seed + i for i in range(s.surrogates)], torch.Generator().manual_seed(job.seed)
     forget, surrogate = ([filled(template, word) for word in words] for words in zip(
         *((pair.concept, pair.anchor) for pair in job.pairs)))
-    others = preserved_prompts(job.task, job.pairs)[1:]           # without ""
+    others = preserved_prompts(job.task, job.pairs, ",".join(bystanders()))[1:]      # without ""
+    others = others[::max(1, len(others) // s.fisher_prompts)]
     replay = [others[i % len(others)] for i in range(s.fisher_prompts)]
     x, c = [drawn_latents(model, prompt, seeds) for prompt in surrogate], job.text(forget)
     x_r, c_r = drawn_latents(model, replay, [job.seed + i for i in range(len(replay))]), job.text(replay)

@@ -33,12 +33,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import Job, Pair, edited, run
 from plumbing import UserError
+from plumbing.book import measured_words
 from plumbing.disk import parse_json, readable, whole
 from plumbing.drift import edited_rows
 from plumbing.edits import text_hash
 from plumbing.models import model_name
 from plumbing.progress import progress
-from plumbing.prompts import TASKS, measured_words, prompt_of
+from plumbing.prompts import TASKS, prompt_of
 
 
 @dataclass(frozen=True)

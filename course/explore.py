@@ -32,6 +32,7 @@ from erasing import Pair, edited, make_pairs
 from eval_clip import judge
 from experiments.shares import CLOSED, edit_of, groups_of
 from plumbing import UserError
+from plumbing.book import book, use_book
 from plumbing.cli import BOOK, at_least_1, command_line, parse_settings, pick_device, program
 from plumbing.disk import whole
 from plumbing.drift import drifts, edited_rows, nearness, share
@@ -39,7 +40,7 @@ from plumbing.edits import as_filed, cross_attention
 from plumbing.models import defaults, fingerprint, model_folder, model_name
 from plumbing.pictures import as_png, pixels
 from plumbing.progress import progress
-from plumbing.prompts import book, prompt_of, use_book
+from plumbing.prompts import prompt_of
 from plumbing.report import as_data, page
 from plumbing.weights import find_weights
 from sample import Model

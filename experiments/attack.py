@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from erasing import make_pairs
 from eval_clip import judge
 from plumbing import UserError, svg, training
+from plumbing.book import CHOSEN, book
 from plumbing.cli import (DTYPES, EDIT, Clock, at_least_1, command_line, measuring_args, pick_device,
                           program)
 from plumbing.disk import readable, whole
@@ -33,7 +34,7 @@ from plumbing.edits import (about_edit, base_hash, cross_attention, erased_by, g
                             read_edit)
 from plumbing.models import fingerprint, model_folder
 from plumbing.pictures import write_sheet
-from plumbing.prompts import CHOSEN, TASKS, book, row_prompts
+from plumbing.prompts import TASKS, row_prompts
 from plumbing.results import RANK, barrier, evaluate, rates
 from plumbing.stats import as_markdown, wilson, write_tables
 from plumbing.weights import check_tensors, put_weights
@@ -308,8 +309,8 @@ def main() -> None:
     model, clip = Model(folder, device, DTYPES[args.dtype], text), judge(args.clip, folder, device)
     model.put(W)
     rows, pictures = [], []
-    for concept, task in erased:
-        target = Target(model, W0, W0 | W, concept, task, args.seed, args.budget, anchor=anchors.get(concept))
+    for one in erased:                                            # concept and task
+        target = Target(model, W0, W0 | W, *one, args.seed, args.budget, anchor=anchors.get(one[0]))
         rows += attack(target, clip, names, out, args)
     if RANK == 0:
         for row in rows:                                          # the strongest of each, for the eye
@@ -318,10 +319,9 @@ def main() -> None:
                                        list(range(args.seed, args.seed + shown)), args.steps,
                                        batch=args.batch))
         write_sheet(out / "grid.png", torch.cat(pictures).unflatten(0, (-1, shown)))
-        notes = [[f"success {row['success'][0]:.0f} %"] for row in rows]
-        names = [f"{row['concept']}, {row['attack']}" for row in rows]
-        svg.write(out / "grid.svg", svg.sheet([[x] for x in pictures], names, [name],
-                                              "The strongest of each attack", notes))
+        svg.write(out / "grid.svg", svg.sheet(
+            [[x] for x in pictures], [f"{row['concept']}, {row['attack']}" for row in rows], [name],
+            "The strongest of each attack", [[f"success {row['success'][0]:.0f} %"] for row in rows]))
         write_tables(out, "attacks", rows)
         print(f"{as_markdown(rows)}\nwrote {out}/")
 

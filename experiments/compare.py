@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from eval_clip import judge, outcomes, summary
 from experiments.attack import ATTACKS, Target, attack
 from plumbing import UserError, svg
+from plumbing.book import book
 from plumbing.cli import (DTYPES, WORLD, at_least_1, command_line, measuring_args, pick_device, program,
                           slug)
 from plumbing.edits import base_hash, cross_attention, read_edit
 from plumbing.making import Recipe, make_edits, recipe
 from plumbing.models import model_folder
-from plumbing.prompts import book, row_prompts
+from plumbing.prompts import row_prompts
 from plumbing.results import evaluate
 from plumbing.stats import as_markdown, wilson, write_tables
 from sample import Model

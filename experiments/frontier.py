@@ -41,12 +41,13 @@ from eval_clip import harmonic
 from experiments.shares import groups_of, near_things
 from experiments.tables import NOISE, drift_of, each
 from plumbing import UserError, svg
+from plumbing.book import book, drawn_names, meanings, sights
 from plumbing.cli import RANK, at_least_1, command_line, measuring_args, program
 from plumbing.disk import read_json
 from plumbing.edits import edit_file
 from plumbing.making import Recipe, recipe
 from plumbing.models import model_folder
-from plumbing.prompts import book, drawn_names, meanings, prompt_of, sights
+from plumbing.prompts import prompt_of
 from plumbing.results import evaluate
 from plumbing.stats import as_markdown, wilson, write_tables
 from sample import Text

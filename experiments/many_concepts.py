@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from erasing import edited, make_pairs
 from eval_clip import CLIP, shown
 from plumbing import UserError, svg
+from plumbing.book import book, nouns
 from plumbing.cli import command_line, program, quick_or_full
 from plumbing.disk import refuse_existing
 from plumbing.drift import drifts, mean_share
 from plumbing.edits import cross_attention
 from plumbing.models import MINI
-from plumbing.prompts import book, nouns, preserved_prompts
+from plumbing.prompts import preserved_prompts
 from plumbing.stats import as_markdown, write_tables
 from realera import Settings, erase_in_closed_form
 from sample import Model

@@ -13,11 +13,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import edited, make_pairs
 from eval_clip import CLIP, shown
+from plumbing.book import book
 from plumbing.cli import at_least_1, command_line, program
 from plumbing.drift import movement
 from plumbing.edits import cross_attention
 from plumbing.models import MINI
-from plumbing.prompts import book, preserved_prompts, row_prompts
+from plumbing.prompts import preserved_prompts, row_prompts
 from plumbing.stats import correlation, ranks
 from realera import Settings, erase_in_closed_form
 from sample import Model

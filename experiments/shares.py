@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from baselines import vocabulary
 from erasing import Pair, make_pairs
 from plumbing import UserError
+from plumbing.book import book, measured_words, use_book
 from plumbing.cli import BOOK, command_line, parse_settings, program
 from plumbing.drift import drifts, edited_rows, nearness, share
 from plumbing.models import model_folder
 from plumbing.progress import progress
-from plumbing.prompts import book, measured_words, preserved_prompts, prompt_of, use_book
+from plumbing.prompts import preserved_prompts, prompt_of
 from plumbing.stats import as_markdown, write_tables
 from realera import Settings, erase_in_closed_form
 from sample import Text

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from erasing import make_pairs
 from eval_clip import CLIP, judge, outcomes, summary
 from plumbing import UserError, svg
+from plumbing.book import book
 from plumbing.cli import DTYPES, command_line, measuring_args, parse_settings, pick_device, program
 from plumbing.detectors import find_detector
 from plumbing.disk import read_json
@@ -33,7 +34,7 @@ from plumbing.edits import base_hash, cross_attention, read_edit
 from plumbing.making import Recipe, make_edits, recipe
 from plumbing.models import model_folder
 from plumbing.own_prompts import read_prompts, score_prompts
-from plumbing.prompts import ASSOCIATED, book, preserved_prompts, row_prompts
+from plumbing.prompts import ASSOCIATED, preserved_prompts, row_prompts
 from plumbing.results import RANK, evaluate
 from plumbing.stats import as_markdown, frechet, write_tables
 from realera import Settings, erase_in_closed_form

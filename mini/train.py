@@ -29,10 +29,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 import clip_text, diffusion, eval_clip, unet, vae  # noqa: E401
 from plumbing import UserError
+from plumbing.book import PRESERVED, UNRELATED
 from plumbing.cli import command_line, pick_device
 from plumbing.disk import read_json, readable, whole
 from plumbing.pictures import grid, write_png
-from plumbing.prompts import PRESERVED, UNRELATED
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 TOKENS, WIDTH = 32, 256  # 27 edited rows × (1 + 5 neighbors) / 256 = 0.63; SD v1.4: 72 × 6 / 768 = 0.56

@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError
 
 from plumbing import UserError
+from plumbing.book import listed, use_book
 from plumbing.disk import refuse_existing
 from plumbing.models import MINI
-from plumbing.prompts import TASKS, listed, use_book
+from plumbing.prompts import TASKS
 
 # This process's number, and how many there are. Schedulers leave such numbers behind, too: they count where
 # torchrun's own sign is.

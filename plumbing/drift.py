@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plumbing import UserError
+from plumbing.book import book, nouns, same_word
 from plumbing.edits import gram
-from plumbing.prompts import TASKS, book, names_around, nouns, same_word
+from plumbing.prompts import TASKS, names_around
 
 
 def text_change(W0: dict[str, Tensor], W: dict[str, Tensor]) -> Tensor:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plumbing import UserError
+from plumbing.book import BOOK, CHOSEN
 from plumbing.progress import progress
-from plumbing.prompts import BOOK, CHOSEN, anchor_of
+from plumbing.prompts import anchor_of
 from plumbing.results import RANK, WORLD, barrier
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from plumbing import UserError
+from plumbing.book import book, drawn_names, other_sights
 from plumbing.cli import RANK
-from plumbing.prompts import book, drawn_names, other_sights
 from plumbing.stats import bootstrap, wilson
 
 SEEDS, CLASSES = ("seed", "evaluation_seed", "sd_seed"), ("class", "concept")

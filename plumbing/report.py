@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plumbing import svg
+from plumbing.book import book
 from plumbing.disk import whole
 from plumbing.drift import synonyms_and_near
-from plumbing.prompts import book
 
 FRAME = Path(__file__).with_name("page.html")                     # course/explore.html has the same
 

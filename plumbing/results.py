@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from plumbing import UserError
+from plumbing.book import book
 from plumbing.cli import RANK, WORLD
 from plumbing.disk import link, read_json, whole
 from plumbing.edits import base_hash, edit_file, keys_values
 from plumbing.models import fingerprint
 from plumbing.pictures import pixels, write_png
 from plumbing.progress import progress
-from plumbing.prompts import book, choices
+from plumbing.prompts import choices
 
 Picture = tuple[str, int]                                         # prompt and seed
 PATIENCE = 60                                                     # seconds

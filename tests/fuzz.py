@@ -33,8 +33,8 @@ from safetensors.torch import load
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from fuzz_models import CSV, PRIVATE, Case, write_model
 from fuzz_typed import FAMILIES
+from plumbing.book import use_book
 from plumbing.cli import command_line, program
-from plumbing.prompts import use_book
 
 SECONDS, MEMORY = 20, 3 * 2 ** 30
 

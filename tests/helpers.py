@@ -16,8 +16,8 @@ from torch import nn
 from clip_text import BOS, EOS, CLIPTextModel
 from erasing import Pair
 from plumbing import UserError
+from plumbing.book import BOOK
 from plumbing.disk import read_json
-from plumbing.prompts import BOOK
 from plumbing.weights import read_config
 from sample import Model
 from starts import ROOT, run

@@ -10,9 +10,9 @@ from baselines import ac
 from baselines.ac import FAR, NEAR, ac_loss, augmented, captions, read
 from erasing import erase_with
 from helpers import MINI, SIZE, random, rng, same
+from plumbing.book import BOOK, nouns
 from plumbing.disk import read_json
 from plumbing.edits import cross_attention
-from plumbing.prompts import BOOK, nouns
 from plumbing.training import learnable, predict
 from sample import Model
 

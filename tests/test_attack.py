@@ -18,9 +18,10 @@ from erasing import edited, make_pairs
 from experiments import attack
 from experiments.attack import Target, descend, encode, insert, matching_loss, simplex, straight_through
 from helpers import CLOSED, MINI, random
+from plumbing.book import BOOK
 from plumbing.disk import read_json
 from plumbing.edits import about_edit, cross_attention, read_edit, write_edit
-from plumbing.prompts import ASSOCIATED, BOOK, choices
+from plumbing.prompts import ASSOCIATED, choices
 from plumbing.weights import put_weights
 from realera import Trajectories
 from sample import Model

@@ -17,10 +17,11 @@ import eval_clip
 from erasing import make_pairs
 from helpers import MINI, SIZE, UNET
 from plumbing import UserError
+from plumbing.book import BOOK, book, use_book
 from plumbing.edits import about_edit, cross_attention, edit_labels, erased_by, read_edit
 from plumbing.formats import export_pipeline
 from plumbing.pictures import pixels
-from plumbing.prompts import BOOK, anchor_of, book, row_prompts, use_book
+from plumbing.prompts import anchor_of, row_prompts
 from sample import Model, Text, draw_each
 
 MODEL = ["--model", "narrow"]

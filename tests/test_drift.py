@@ -6,8 +6,9 @@ import torch
 
 from erasing import make_pairs
 from helpers import MINI
+from plumbing.book import use_book
 from plumbing.drift import edited_rows, mean_share, share, surroundings, warning_of
-from plumbing.prompts import names_around, use_book
+from plumbing.prompts import names_around
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,11 @@ import realera
 from erasing import drifts, make_pairs
 from helpers import AIRPLANE, CLOSED, MINI, ROOT, SHIP, UNET, pair, same
 from lora import lora_deltas
-from plumbing import UserError, drift, prompts
+from plumbing import UserError, drift
+from plumbing import book as the_book
+from plumbing.book import UNRELATED
 from plumbing.edits import about_edit, cross_attention, original, read_edit
-from plumbing.prompts import UNRELATED
+from plumbing.prompts import prompt_of
 from plumbing.results import evaluate
 from sample import Model, Text
 from starts import run
@@ -91,7 +93,7 @@ def test_what_may_not_be_meant_is_said_before_any_work(here, tmp_path, capsys, m
 
 
 def test_what_is_meant_is_not_doubted(text):
-    doubts = prompts.doubts
+    doubts = the_book.doubts
     pairs = make_pairs(["airplane", "frog"], ["sky", ""], "object", text, "tail", 0)
     assert doubts(pairs, MINI, text.tokenizer.count) == []
     unknown = make_pairs(["pizza"], ["plate"], "object", text, "tail", 0)
@@ -108,27 +110,27 @@ def test_list_prints_what_the_book_holds(here, tmp_path, capsys):
 
 
 def test_a_book_of_things_says_what_is_drawn_and_what_is_only_read(text, monkeypatch):
-    monkeypatch.setattr(prompts, "BOOK", MINI / "next/captions.json")
-    monkeypatch.setattr(prompts, "CHOSEN", [MINI / "next/captions.json"])
+    monkeypatch.setattr(the_book, "BOOK", MINI / "next/captions.json")
+    monkeypatch.setattr(the_book, "CHOSEN", [MINI / "next/captions.json"])
     said = {}
     for concept in ("pizza", "animal", "twemoji", "delivers presents at christmas", "pizzas", "haunting",
                     "mango", "velvet", "pzza"):
         pairs = make_pairs([concept], ["sky"], "object", text, "tail", 0)
-        said[concept] = " ".join(prompts.doubts(pairs, MINI / "next", lambda word: 1))
+        said[concept] = " ".join(the_book.doubts(pairs, MINI / "next", lambda word: 1))
     drawn = ("pizza", "animal", "twemoji")
     assert [said[word] for word in drawn] == [""] * 3
     assert "another name of santa claus" in said["delivers presents at christmas"]
     assert "another name of pizza" in said["pizzas"] and "another name of ghost" in said["haunting"]
     assert all("reads" in said[word] and "never drew" in said[word] for word in ("mango", "velvet"))
     assert "does not know “pzza”; nearest: pizza" in said["pzza"]
-    listed = prompts.listed()
+    listed = the_book.listed()
     assert "pizza, police car" in listed and "santa claus (delivers presents at christmas)" in listed
     assert "styles: noto, noto classic" in listed and "mango" not in listed
-    seen = prompts.sights()                                       # what CLIP may answer
+    seen = the_book.sights()                                       # what CLIP may answer
     assert seen["taxi"] == "automobile" and seen["pizza"] == "pizza" and "mango" not in seen
-    assert list(seen)[0] == "airplane" and not {"taxi", "cat"} & {*prompts.other_sights()} and "lion" in seen
-    assert prompts.prompt_of("antonov an-225 mriya") == "antonov an-225 mriya"
-    assert prompts.prompt_of("bow and arrow") == "a photo of the bow and arrow"
+    assert list(seen)[0] == "airplane" and not {"taxi", "cat"} & {*the_book.other_sights()} and "lion" in seen
+    assert prompt_of("antonov an-225 mriya") == "antonov an-225 mriya"
+    assert prompt_of("bow and arrow") == "a photo of the bow and arrow"
 
 
 def test_concepts_of_a_file_have_anchors_and_the_folder_a_short_name(here, tmp_path):

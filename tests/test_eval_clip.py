@@ -22,8 +22,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from eval_clip import CLIP, MEAN, STD, h_o, harmonic, outcomes, summary
 from helpers import (CLASSES, MINI, OFFICIAL_TEXT, TEXTS, edit_json, free_port, near, no_drawing, norms,
                      random_network, shapes, write_vocabulary)
+from plumbing.book import other_sights
 from plumbing.disk import read_json
-from plumbing.prompts import other_sights, row_prompts
+from plumbing.prompts import row_prompts
 from plumbing.results import Results
 from plumbing.stats import wilson
 from sample import Model

@@ -13,8 +13,9 @@ import realera
 from course import explore
 from erasing import make_pairs
 from helpers import MINI
+from plumbing.book import book, use_book
 from plumbing.drift import edited_rows, share
-from plumbing.prompts import book, preserved_prompts, prompt_of, use_book
+from plumbing.prompts import preserved_prompts, prompt_of
 from realera import erase_in_closed_form
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -10,8 +10,8 @@ import torch
 
 from experiments import frontier
 from plumbing import making
+from plumbing.book import meanings, sights, use_book
 from plumbing.cli import parse_settings
-from plumbing.prompts import meanings, sights, use_book
 from plumbing.stats import wilson
 from starts import finished
 

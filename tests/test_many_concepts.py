@@ -6,7 +6,7 @@ import torch
 from erasing import make_pairs
 from experiments import many_concepts
 from helpers import CLASSES, no_drawing
-from plumbing.prompts import nouns
+from plumbing.book import nouns
 from realera import Settings, erase_in_closed_form, mine
 
 

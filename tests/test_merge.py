@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import realera
 from helpers import MINI, UNET, same
+from plumbing.book import nouns
 from plumbing.edits import about_edit, cross_attention, read_edit, write_edit
-from plumbing.prompts import nouns, preserved_prompts
+from plumbing.prompts import preserved_prompts
 from plumbing.weights import put_weights
 from sample import Model
 from tools.merge import how_made, joint_closed_form, merged, weights

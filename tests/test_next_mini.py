@@ -14,10 +14,10 @@ from helpers import ROOT
 from mini.next import measure, train, weapons
 from mini.next.emoji import Book, Icons, compose, scenes
 from mini.next.muon import Muon, orthogonal
+from plumbing.book import nouns, sights, use_book
 from plumbing.disk import read_json
 from plumbing.own_prompts import read_prompts
 from plumbing.pictures import write_png
-from plumbing.prompts import nouns, sights, use_book
 from starts import run
 
 NEXT = ROOT / "mini/next"

@@ -10,8 +10,8 @@ import torch
 
 from helpers import CLASSES, no_drawing
 from plumbing import UserError, own_prompts
+from plumbing.book import book
 from plumbing.own_prompts import read_prompts
-from plumbing.prompts import book
 from sample import Model
 from starts import run
 

@@ -20,8 +20,8 @@ from diffusion import SAMPLERS, Scheduler, velocity_of
 from erasing import Job, edited
 from helpers import CORPUS, MINI
 from lora import add_lora, lora_layers, lora_off, save_lora
+from plumbing.book import PRESERVED, UNRELATED, book
 from plumbing.models import model_folder
-from plumbing.prompts import PRESERVED, UNRELATED, book
 from sample import Model, Text
 from unet import UNet
 from vae import VAE

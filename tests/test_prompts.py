@@ -6,10 +6,10 @@ import pytest
 from erasing import make_pairs
 from helpers import CLASSES, MINI
 from plumbing import UserError, prompts
+from plumbing.book import BOOK, PRESERVED, UNRELATED, bystanders, measured_words, nouns, same_word, use_book
 from plumbing.disk import read_json
-from plumbing.prompts import (ASSOCIATED, BOOK, PRESERVED, UNRELATED, anchor_of, measured_words, names_around,
-                              names_to_choose, nouns, preserved_prompts, prompts_to_watch, row_prompts,
-                              use_book)
+from plumbing.prompts import (ASSOCIATED, anchor_of, names_around, names_to_choose, preserved_prompts,
+                              prompts_to_watch, row_prompts)
 from sample import Text
 
 
@@ -30,7 +30,7 @@ def test_what_must_stay_leaves_out_plurals_of_what_is_erased(text):
     assert len(kept) == 2 + len({*nouns("preserved")} - {"airplane", "bridge", "grass"})
     for a, b, same in (("bus", "buses", True), ("sky", "skies", True), ("house", "houses", True),
                        ("cat", "car", False), ("sea", "seal", False), ("lamp", "lamp", True)):
-        assert prompts.same_word(a, b) == prompts.same_word(b, a) == same
+        assert same_word(a, b) == same_word(b, a) == same
 
 
 def test_prompts_to_watch_follow_the_task_and_the_anchor():
@@ -78,6 +78,19 @@ def test_artists_and_celebrities_have_the_appendix_prompts_and_counts():
         assert other in others and name.lower() not in others
         with pytest.raises(UserError, match=f"banksy.*{other}"):
             row_prompts("banksy", task, range(1))
+
+
+def test_bystanders_are_drawn_and_measured_by_nobody():
+    use_book(MINI / "next/captions.json")
+    try:
+        things = read_json(MINI / "next/captions.json")["things"].values()
+        drawn = {thing["names"][0] for thing in things if thing.get("drawn", True)}
+        found = bystanders()
+        assert len(found) > 100 and {*found} < drawn and "apple" in found
+        assert not {"cat", "dog", "tiger", "helicopter", "truck"} & {*found}     # class, stay, disputed, far
+    finally:
+        use_book(None)
+    assert bystanders() == nouns("preserved")
 
 
 def test_a_style_of_the_book_stands_among_the_books_and_its_anchor_is_no_style(text):

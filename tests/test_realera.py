@@ -23,9 +23,10 @@ from erasing import drifts, edited, make_pairs
 from helpers import AIRPLANE, CLASSES, MINI, QUICK, ROOT, SHIP, SIZE, pair, rng, same_pictures
 from lora import add_lora, lora_layers
 from plumbing import UserError
+from plumbing.book import BOOK, nouns
 from plumbing.disk import read_json
 from plumbing.edits import cross_attention, read_edit
-from plumbing.prompts import BOOK, nouns, preserved_prompts
+from plumbing.prompts import preserved_prompts
 from realera import (Settings, Trajectories, align_noise, beyond_concepts, closed_form, erase_in_closed_form,
                      neighbor_concepts, noise_alignment_loss, original, radius_at, towards_noise)
 from sample import Model, Text

@@ -5,7 +5,7 @@ import pytest
 
 from experiments import shares
 from helpers import MINI
-from plumbing.prompts import use_book
+from plumbing.book import use_book
 
 
 @pytest.fixture

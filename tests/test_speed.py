@@ -10,7 +10,8 @@ from baselines import speed
 from erasing import Job
 from helpers import AIRPLANE, MINI, random, same
 from plumbing import UserError
-from plumbing.prompts import nouns, retained_words
+from plumbing.book import nouns
+from plumbing.prompts import retained_words
 
 PLAIN = speed.Settings(as_published=False, aug_num=0, filter=False)
 

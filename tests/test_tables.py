@@ -19,9 +19,10 @@ from eval_clip import harmonic
 from experiments import tables
 from helpers import CLASSES, ENV, MINI, ROOT, free_port, no_drawing
 from plumbing import making
+from plumbing.book import BOOK
 from plumbing.disk import read_json
 from plumbing.edits import about_edit
-from plumbing.prompts import BOOK, preserved_prompts
+from plumbing.prompts import preserved_prompts
 from sample import Model, Text
 from starts import finished, start
 

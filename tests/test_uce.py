@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from baselines import uce
 from erasing import Job, make_pairs
 from helpers import AIRPLANE, MINI, same
-from plumbing.prompts import nouns, retained_words
+from plumbing.book import nouns
+from plumbing.prompts import retained_words
 
 KINDS = [dict(), dict(technique="tensor"), dict(rows="token", retain="bird, Cat"),
          dict(rows="token", technique="tensor", lamb=3.0), dict(retain="bird, Cat", lamb=2.0)]

@@ -12,7 +12,7 @@ from baselines.vocabulary import (Settings, Vocabulary, around, cosines, erase_w
 from erasing import make_pairs
 from helpers import AIRPLANE, MINI, pair
 from plumbing import UserError
-from plumbing.prompts import measured_words
+from plumbing.book import measured_words
 from sample import Text
 
 S = Settings()

@@ -19,12 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from erasing import Pair, edited, make_pairs
 from lora import lora_deltas
 from plumbing import UserError
+from plumbing.book import use_book
 from plumbing.cli import BOOK, command_line, program
 from plumbing.disk import refuse_existing, whole_folder
 from plumbing.edits import (about_edit, base_hash, change, cross_attention, read_edit, text_hash, write_edit,
                             write_report)
 from plumbing.models import MINI, model_folder, model_name
-from plumbing.prompts import preserved_prompts, use_book
+from plumbing.prompts import preserved_prompts
 from realera import Settings, erase_in_closed_form
 from sample import Text
 
