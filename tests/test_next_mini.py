@@ -14,6 +14,7 @@ from helpers import ROOT
 from mini.next import measure, train, weapons
 from mini.next.emoji import Book, Icons, compose, scenes
 from mini.next.muon import Muon, orthogonal
+from plumbing import UserError
 from plumbing.book import nouns, sights, use_book
 from plumbing.disk import read_json
 from plumbing.own_prompts import read_prompts
@@ -143,6 +144,19 @@ def test_pictures_hold_the_icon_on_its_scene(data, book):
         assert torch.allclose(x[i, :, 32, 32], icons.rgba[which[i], :3, 32, 32] / 255, atol=1 / 255)
         likely = book.likely[icons.kind[which[i]]]
         assert likely[scene[i]] > 0
+
+
+def test_a_model_that_never_saw_a_class_has_none_of_its_pictures_or_names(data, book):
+    icons = Icons(data, book, "airplane")
+    gone = [book.things[h].get("class") == "airplane" for h, _ in icons.which]
+    assert any(gone) and not icons.drawn[torch.tensor(gone)].any()
+    assert icons.drawn.sum() == Icons(data, book).drawn.sum() - sum(gone)
+    _, which, scene = compose(icons, 400, rng := torch.Generator().manual_seed(0), icons.weight * icons.drawn)
+    said = {book.caption_of(icons, w, s, rng) for w, s in zip(which.tolist(), scene.tolist())}
+    names = {"airplane", *book.classes["airplane"]["synonyms"], *book.classes["airplane"]["associated"]}
+    assert len(said) > 100 and not any(name in caption for name in names for caption in said)
+    with pytest.raises(UserError, match="--without pizza: the book has airplane"):
+        Icons(data, book, "pizza")
 
 
 def test_scenes_are_smooth_and_differ(book):

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plumbing import UserError
+
 HERE = Path(__file__).resolve().parent
 SIZE = 64
 PLURALS = {"airplanes", "automobiles", "birds", "cats", "dogs", "frogs", "horses", "ships", "trucks"}
@@ -96,10 +98,12 @@ class Book:
 
 class Icons:
     """All emoji of the book in all sets. rgba [N, 4, 64, 64] uint8, colours times opacity; which[i]: (emoji,
-    set); weight [N]: how often each is shown; drawn [N]: whether the U-Net and CLIP learn it, too; kept [N]:
-    one in twenty, which no judge is trained on."""
+    set); weight [N]: how often each is shown; drawn [N]: whether the U-Net and CLIP learn it, too (none of
+    the class `without`); kept [N]: one in twenty, which no judge is trained on."""
 
-    def __init__(self, folder: Path, book: Book):
+    def __init__(self, folder: Path, book: Book, without: str | None = None):
+        if without and without not in book.classes:
+            raise UserError(f"--without {without}: the book has {', '.join(book.classes)}")
         from PIL import Image                                     # training alone reads PNG files
         self.book, self.which, mosaics = book, [], []
         for name, entry in json.loads((folder / "sets.json").read_text("utf-8"))["sets"].items():
@@ -115,7 +119,8 @@ class Icons:
         near = {n for c in book.classes.values() for n in c["stay"] + c["disputed"]}
         many = {c: sum(book.things[h].get("class") == c for h, _ in self.which) for c in book.classes}
         self.weight = torch.tensor([self.share(book.things[h], near, many) for h, _ in self.which])
-        self.drawn = torch.tensor([book.things[h].get("drawn", True) for h, _ in self.which])
+        self.drawn = torch.tensor([book.things[h].get("drawn", True)
+                                   and book.things[h].get("class", "") != without for h, _ in self.which])
         self.kept = torch.rand(len(self.which), generator=torch.Generator().manual_seed(0)) < 0.05
         self.kind = torch.tensor([book.kinds.index(book.things[h]["scenes"]) for h, _ in self.which])
 

@@ -500,7 +500,7 @@ def train_unet(args, recipe: Recipe) -> bool:
     encoder = clip_text.CLIPTextModel.from_pretrained(args.out / "text_encoder", device=args.device)
     tokenizer = clip_text.CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     book, scheduler = Book(), diffusion.Scheduler()
-    icons = Icons(args.data, book)
+    icons = Icons(args.data, book, args.without)
     latents, known = Latents(args, icons, recipe.block), {}       # known: caption -> its rows
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weight = (snr.clamp(max=5) / snr).to(args.device)             # min-SNR-5 for ε (Hang et al. 2023)
@@ -673,6 +673,8 @@ def main() -> None:
                         help="text, vae, unet, clip, in this order; decoder: the VAE's decoder alone goes on")
     parser.add_argument("--recipe", choices=RECIPES, default="laptop",
                         help="sizes and lengths (default laptop)")
+    parser.add_argument("--without", metavar="CLASS", help="of the U-Net: it sees no picture of this class; "
+                        "give --work and --out, too, so that it does not go on from another")
     parser.add_argument("--steps", type=int, help="length of the stage, instead of the recipe's")
     parser.add_argument("--minutes", type=float, default=1e9,
                         help="stop after so long; the same command goes on")
