@@ -68,7 +68,7 @@ def mean_share(delta: Tensor, pair, prompts: list[str], text) -> float:
 
 def surroundings(delta: Tensor, pairs, task: str, text, most: int = 10) -> dict[str, dict[str, float]]:
     """Per pair the names nearest to the concept, by the cosine of their edited rows: {name: share}. Twice as
-    many, by the end-of-text row alone, are encoded whole: all would take 20 seconds at SD's size."""
+    many, chosen by the end-of-text row alone, are encoded whole: so a stranger among them may be missed."""
     names, template, found = names_around(pairs, task), TASKS[task][0], {}
     if not names:
         return {}
