@@ -95,7 +95,7 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     seeds, generator = [job.seed + i for i in range(s.surrogates)], torch.Generator().manual_seed(job.seed)
     forget, surrogate = ([filled(template, word) for word in words] for words in zip(
         *((pair.concept, pair.anchor) for pair in job.pairs)))
-    others = preserved_prompts(job.task, job.pairs, ",".join(bystanders()))[1:]      # without ""
+    others = preserved_prompts(job.task, job.pairs, bystanders())[1:]       # without ""
     others = others[::max(1, len(others) // s.fisher_prompts)]
     replay = [others[i % len(others)] for i in range(s.fisher_prompts)]
     x, c = [drawn_latents(model, prompt, seeds) for prompt in surrogate], job.text(forget)

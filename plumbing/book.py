@@ -31,8 +31,8 @@ def use_book(path: Path | None) -> None:
             right += [isinstance(text, str) and text.strip() for text in [name, *sum(lists, [])]]
             if not all(right):
                 raise ValueError
-        book().get("styles", {}).values()                         # {a set: its name as an artist}, if any
-        if len(classes) < 2 or not (nouns("preserved") and nouns("watched")):
+        if not (len(classes) > 1 and nouns("preserved") and nouns("watched")
+                and isinstance(book().get("styles", {}), dict)):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
@@ -46,6 +46,12 @@ def book() -> dict:
     return read_json(CHOSEN[0])
 
 
+def drawn_things(known: dict) -> list[str]:
+    """The own names of the things that a book says are drawn, each once; [] of a book without things."""
+    return list(dict.fromkeys(thing["names"][0] for thing in known.get("things", {}).values()
+                              if thing.get("drawn", True)))
+
+
 def listed() -> str:
     """What the book holds, as text: a line per class, then the scenes, and what else it knows."""
     known = book()
@@ -53,8 +59,7 @@ def listed() -> str:
              for name, entry in known["classes"].items()]
     phrases = [f"{name} ({', '.join(entry['associated'])})"
                for name, entry in known.get("characters", {}).items()]
-    things = [thing["names"][0] for thing in known.get("things", {}).values() if thing.get("drawn", True)]
-    groups = {"scenes": known["scenes"], "things": sorted({*things} - {*known["classes"]}),
+    groups = {"scenes": known["scenes"], "things": sorted({*drawn_things(known)} - {*known["classes"]}),
               "characters and their phrases": phrases, "styles": list(known.get("styles", {}).values())}
     return "\n".join(["class → its anchor: synonyms and phrases", *lines,
                       *(f"{group}: {', '.join(names)}" for group, names in groups.items() if names)])
@@ -132,7 +137,7 @@ def sights() -> dict[str, str]:
     """What a picture may be seen as, {name: its class, or itself}: classes, then what else the book says that
     the model draws, or what is watched beside the classes, and scenes."""
     known, classes, meant = book(), book()["classes"], meanings()
-    names = [thing["names"][0] for thing in known.get("things", {}).values() if thing.get("drawn", True)] or [
+    names = drawn_things(known) or [
         meant.get(name, name) for entry in classes.values()
         for name in [*entry.get("stay", []), *entry.get("disputed", []), entry.get("far", "")] if name]
     return {name: meant.get(name, name) for name in [*classes, *names, *known["scenes"]]}
@@ -166,6 +171,5 @@ def measured_words() -> set[str]:
 def bystanders() -> list[str]:
     """Things that the book says are drawn and nothing is measured with, for methods that draw what must stay;
     of a book without things the preserved nouns."""
-    things = [thing["names"][0] for thing in book().get("things", {}).values() if thing.get("drawn", True)]
     measured = measured_words()
-    return [name for name in dict.fromkeys(things) if not {*name.split()} & measured] or nouns("preserved")
+    return [name for name in drawn_things(book()) if not {*name.split()} & measured] or nouns("preserved")

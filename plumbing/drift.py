@@ -72,10 +72,10 @@ def surroundings(delta: Tensor, pairs, task: str, text, most: int = 10) -> dict[
     names, template, found = names_around(pairs, task), TASKS[task][0], {}
     if not names:
         return {}
-    ends = end_rows([template.format(name) for name in names], text)
-    for pair in pairs:
-        own = pair.e[min(text.tokenizer.count(pair.prompt) + 1, len(pair.e) - 1)]
-        order = torch.cosine_similarity(ends, own.to(ends), dim=1).argsort(descending=True, stable=True)
+    prompts = [template.format(name) for name in names] + [pair.prompt for pair in pairs]
+    ends, own = end_rows(prompts, text).split([len(names), len(pairs)])
+    for pair, e in zip(pairs, own):
+        order = torch.cosine_similarity(ends, e, dim=-1).argsort(descending=True, stable=True)
         some = [names[i] for i in order.tolist() if names[i] not in (pair.concept, pair.anchor)][:2 * most]
         rows = dict(zip(some, edited_rows([template.format(name) for name in some], text)))
         some.sort(key=lambda name: -nearness(pair, rows[name]))

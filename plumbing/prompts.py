@@ -41,8 +41,7 @@ def templates_of(task: str) -> list[str]:
 def relatives(task: str, name: str) -> tuple[dict[str, str], str]:
     """Of a style or a person: the names that are measured, each with a prompt that means it in another way,
     and the anchor. The book's styles, if it is one of them, else the paper's five."""
-    styles = [*book().get("styles", {}).values()]
-    if task == "style" and name in styles:
+    if task == "style" and name in (styles := [*book().get("styles", {}).values()]):
         thing = next(iter(book()["classes"]))
         return {style: f"a photo of the {thing} by {style}" for style in styles}, "an artwork"
     return ASSOCIATED.get(task, {}), TASKS[task][1]
@@ -65,19 +64,20 @@ def prompt_of(name: str, task: str = "object") -> str:
     return name if known or len(name.split()) > 3 else TASKS[task][0].format(name)
 
 
-def preserved_prompts(task: str, pairs, words: str = "nouns") -> list[str]:
+def preserved_prompts(task: str, pairs, words: str | list[str] = "nouns") -> list[str]:
     """"" (guidance's other half) first, the task's bare template, the preserved nouns less the pairs'. words:
     others, as `retained_words` takes them."""
     kept = (f"a photo of the {noun}" for noun in retained_words(words, pairs))
     return list(dict.fromkeys(["", TASKS[task][0].format("").strip(), *kept]))
 
 
-def retained_words(words: str, pairs) -> list[str]:
-    """"bird, Cat" -> ["bird", "cat"], without those in which a concept is named; "nouns" -> the preserved
-    ones but those of the pairs. Raises UserError if nothing is left of what is given."""
+def retained_words(words: str | list[str], pairs) -> list[str]:
+    """"bird, Cat" -> ["bird", "cat"], without those in which a concept is named; "nouns", the preserved ones,
+    or a list -> all but the pairs' own words. Raises UserError if nothing is left of what is given."""
     named = {word for pair in pairs for word in (pair.concept, pair.anchor)}
-    given = [" ".join(word.lower().split()) for word in words.split(",")] if words != "nouns" else [
-        noun for noun in nouns("preserved") if not any(same_word(noun, word) for word in named)]
+    words = nouns("preserved") if words == "nouns" else words
+    given = [" ".join(word.lower().split()) for word in words.split(",")] if isinstance(words, str) else [
+        word for word in words if not any(same_word(word, own) for own in named)]
     kept = [word for word in dict.fromkeys(given) if word and not any(
         re.search(rf"\b{re.escape(pair.concept)}\b", word) for pair in pairs)]
     if words and not kept:

@@ -369,8 +369,8 @@ def write_narrow(folder):
     edit_json(folder / "defaults.json", steps=1)
     for part, make, width in (("unet", theirs_unet, 16), ("vae", theirs_vae, 8)):
         config = read_json(MINI / part / "config.json")
-        make(**config | {"block_out_channels": [width] * len(config["block_out_channels"])},
-             ).save_pretrained(folder / part)
+        narrow = {"block_out_channels": [width] * len(config["block_out_channels"])}
+        make(**config | narrow).save_pretrained(folder / part)
 
 
 def same_pictures(model, pipe):

@@ -28,6 +28,8 @@ def test_what_must_stay_leaves_out_plurals_of_what_is_erased(text):
     kept = preserved_prompts("object", pairs)
     assert not {f"a photo of the {noun}" for noun in ("airplane", "bridge", "grass")} & set(kept)
     assert len(kept) == 2 + len({*nouns("preserved")} - {"airplane", "bridge", "grass"})
+    others = preserved_prompts("object", pairs, ["airplane", "pizza", "grass", "sky"])
+    assert others[2:] == ["a photo of the pizza"]                 # of another list, too
     for a, b, same in (("bus", "buses", True), ("sky", "skies", True), ("house", "houses", True),
                        ("cat", "car", False), ("sea", "seal", False), ("lamp", "lamp", True)):
         assert same_word(a, b) == same_word(b, a) == same

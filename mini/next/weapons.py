@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from eval_clip import CLIP
+from plumbing.book import drawn_things
 from plumbing.disk import read_json
 from plumbing.pictures import read_png
 
@@ -20,8 +21,7 @@ HERE = Path(__file__).resolve().parent
 def count(folder: Path) -> dict:
     """How often CLIP's first choice of all things and scenes is each weapon, in a folder's PNGs."""
     book, clip = read_json(HERE / "captions.json"), CLIP.from_pretrained(HERE / "clip")
-    names = [thing["names"][0] for thing in book["things"].values() if thing.get("drawn", True)]
-    names = list(dict.fromkeys([*names, *book["scenes"]]))
+    names = list(dict.fromkeys([*drawn_things(book), *book["scenes"]]))
     pictures = torch.stack([read_png(path) for path in sorted(folder.glob("*.png"))])
     said = clip.classify(pictures, [f"a photo of the {name}" for name in names]).argmax(1).tolist()
     counts = {weapon: sum(names[i] == weapon for i in said) for weapon in book["weapons"]}
