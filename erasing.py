@@ -37,7 +37,7 @@ from eval_clip import CLIP
 from lora import lora_off
 from plumbing import UserError
 from plumbing.book import doubts
-from plumbing.cli import (DTYPES, Clock, NoFlags, command_line, erasing_args, lines_of, pick_device, program,
+from plumbing.cli import (DTYPES, NoFlags, command_line, erasing_args, lines_of, pick_device, program,
                           settings_of, slug)
 from plumbing.disk import whole_folder
 from plumbing.drift import drifts, presences, preview, rows_of, say_shares, text_change
@@ -45,6 +45,7 @@ from plumbing.edits import (DRAWING, Edit, as_filed, base_hash, change, cross_at
                             refuse_weights_alone, text_hash, write_edit, write_report)
 from plumbing.formats import check_export, export_pipeline, write_lora
 from plumbing.models import model_folder, model_name
+from plumbing.progress import Clock
 from plumbing.prompts import TASKS, anchor_of, filled, names_to_choose, preserved_prompts, watch_all
 from plumbing.report import recorded, write_page
 from sample import Model, Text, draw_each, write_sheets
@@ -268,7 +269,7 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
         if args.export:
             export_pipeline(args.export, folder, W, about)
             job.clock("pipeline folder")
-        write_report(job.folder, about := about | job.report | {"seconds": job.clock.seconds})
+        write_report(job.folder, about := about | job.report | job.clock.spent())
         write_page(job.folder, about, delta, job.larger)
         print(job.clock)
 
@@ -312,7 +313,7 @@ def save(job: Job, W: dict[str, Tensor], about: dict) -> tuple[dict[str, Tensor]
         job.clock("LoRA file")
     if W:
         write_edit(job.folder, filed, about)
-    write_report(job.folder, about | job.report | {"seconds": job.clock.seconds})
+    write_report(job.folder, about | job.report | job.clock.spent())
     return filed, about
 
 

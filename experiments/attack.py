@@ -26,14 +26,14 @@ from erasing import make_pairs
 from eval_clip import judge
 from plumbing import UserError, svg, training
 from plumbing.book import CHOSEN, book
-from plumbing.cli import (DTYPES, EDIT, Clock, at_least_1, command_line, measuring_args, pick_device,
-                          program)
+from plumbing.cli import DTYPES, EDIT, at_least_1, command_line, measuring_args, pick_device, program
 from plumbing.disk import readable, whole
 from plumbing.drift import share, text_change
 from plumbing.edits import (about_edit, base_hash, cross_attention, erased_by, gram, keys_values, original,
                             read_edit)
 from plumbing.models import fingerprint, model_folder
 from plumbing.pictures import write_sheet
+from plumbing.progress import Clock
 from plumbing.prompts import TASKS, row_prompts
 from plumbing.results import RANK, barrier, evaluate, rates
 from plumbing.stats import as_markdown, wilson, write_tables

@@ -106,16 +106,14 @@ def compare(title: str, ours: Callable, theirs: Callable | None, runs: int, devi
 
 CHILD = """
 from experiments.bench import *
+from plumbing.progress import peak_memory
 from vae import VAE
 import diffusers, transformers
 folder, device, dtype = Path({folder!r}), pick_device({device!r}), {dtype}
-def held():                                     # on Linux; getrusage would count the parent process, too
-    lines = open("/proc/self/status").readlines() if Path("/proc/self/status").exists() else []
-    return next((int(line.split()[1]) / 2 ** 20 for line in lines if line.startswith("VmHWM")), None)
 def run():
     {code}
-before, (seconds, peak) = held(), measured(run, device)
-print(json.dumps([seconds, peak or before and held() - before]))
+before, (seconds, peak) = peak_memory(), measured(run, device)
+print(json.dumps([seconds, peak or before and peak_memory() - before]))
 """
 
 

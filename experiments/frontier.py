@@ -19,7 +19,7 @@ one synonym and one phrase of each; `disputed` is what readers disagree about. (
 it is a share of all.) Random rows have four seeds of the edit, trained ones three on three classes. Intervals
 are the wider of two: classes and their edits drawn again, and Wilson's over pictures. “H_o − RealEra's” is
 the difference to the row "RealEra, expected", class by class. Seconds are those of the erasure, loading the
-text encoder included; MB the size of the file of its weights.
+text encoder included; GiB the most memory that its process held; MB the size of the file of its weights.
 
 tries.json has all tries, cells.json every class by itself, frontier.svg a curve per row, of the tries. Ten
 classes and the default rows are some 100,000 pictures, ten hours on two cores; a killed run goes on. Of the
@@ -122,12 +122,13 @@ def method_recipe(concept: str, what: tuple, seed: int, dtype: str) -> Recipe:
 
 
 def numbers_of(edit: Path | None) -> dict[str, float]:
-    """What an edit moves in the text, the seconds that it took, and the size of the file of its weights."""
+    """What an edit moves in the text, the seconds and memory that it took, and the size of its weights."""
     if edit is None:
         return {"drift": 0.0}
-    seconds = sum(read_json(edit / "run.json").get("seconds", {}).values())
+    report = read_json(edit / "run.json")
     size = file.stat().st_size if (file := edit_file(edit)) else 0
-    return {"drift": drift_of(edit), "seconds": round(seconds, 1), "MB": round(size / 1e6, 2)}
+    return {"drift": drift_of(edit), "seconds": round(sum(report["seconds"].values()), 1),
+            "MB": round(size / 1e6, 2)} | {name: report[name] for name in ("peak GiB",) if name in report}
 
 
 def measure(cells: list[tuple], words: str, seeds: range, args, steps: int | None) -> list[dict[str, list]]:
@@ -256,7 +257,7 @@ def summary(row: str | None, cells: list[tuple], best: list[str], halves: list, 
         if row and row != REFERENCE and {c for c, _ in cells} == {c for c, _ in reference}:
             line[f"{name} − RealEra's"] = interval(cells, h, less=reference)
     numbers = {name: [counts[name] for _, counts in cells if name in counts]
-               for name in ("drift", "seconds", "MB")}
+               for name in ("drift", "seconds", "peak GiB", "MB")}
     return line | {name: round(statistics.mean(some), 3) for name, some in numbers.items() if some}
 
 

@@ -1,4 +1,4 @@
-"""What programs share: errors as one line, flags, devices, names, the clock."""
+"""What programs share: errors as one line, flags, devices, names."""
 import argparse
 import contextlib
 import dataclasses
@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-import time
 import unicodedata
 from pathlib import Path
 
@@ -305,18 +304,3 @@ class NoFlags(argparse.Namespace):
 
     def __getattr__(self, name: str) -> None:
         return None
-
-
-class Clock:
-    """`clock("solve")` notes the seconds since the last note; printed: all of them and their sum."""
-
-    def __init__(self):
-        self.seconds, self.last = {}, time.perf_counter()
-
-    def __call__(self, part: str) -> None:
-        now = time.perf_counter()
-        self.seconds[part], self.last = round(now - self.last, 3), now
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{part} {took:.1f}" for part, took in self.seconds.items())
-        return f"seconds: {parts}, in all {sum(self.seconds.values()):.1f}"

@@ -13,7 +13,8 @@ from subprocess import CompletedProcess
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "numpy", "safetensors.torch", "tokenizers"])
+CONTEXT.set_forkserver_preload(["torch", "numpy", "safetensors.torch", "tokenizers",
+                                "torch._dynamo"])                 # the first optimizer's 3 seconds
 
 
 def as_typed(argv, cwd, environment, out, err):

@@ -174,6 +174,7 @@ def test_the_command_draws_a_table_and_a_curve_and_goes_on(here, small, monkeypa
         (concept, row) for concept in ("cat", "dog") for row in ("untouched", "reach", "UCE")}
     assert tables[2][-1]["class"] == "dog" and tables[2][-1]["synonyms"].endswith(" of 1")
     assert "seconds" not in tables[1][0] and all(row["seconds"] > 0 < row["drift"] for row in tables[1][1:])
+    assert "peak GiB" not in tables[1][0] and all(row.get("peak GiB", 1) > 0.1 for row in tables[1][1:])
     file = next((small / "o/edits").iterdir()) / "erased.safetensors"                # of as many bytes as any
     assert all(row["MB"] == round(file.stat().st_size / 1e6, 2) for row in tables[1][1:])
     drawn = ElementTree.parse(small / "o/frontier-reach+UCE.svg").getroot()

@@ -1,10 +1,12 @@
-"""Progress: a bar in a terminal, a line per part elsewhere."""
+"""Progress: a bar in a terminal, a line per part elsewhere; what a program takes."""
 import io
+from pathlib import Path
 
 import pytest
+import torch
 
 from plumbing import progress as module
-from plumbing.progress import progress
+from plumbing.progress import Clock, peak_memory, progress
 
 
 class Terminal(io.StringIO):
@@ -34,3 +36,26 @@ def test_in_a_terminal_a_bar(monkeypatch):
         pass
     said = module.sys.stderr.getvalue()
     assert "noise alignment: " in said and "0/3" in said and " …" not in said
+
+
+def test_a_clock_has_each_parts_seconds_and_the_memory():
+    clock = Clock()
+    clock("text"), clock("closed form")
+    spent = clock.spent()
+    assert [*spent["seconds"]] == ["text", "closed form"] and min(spent["seconds"].values()) >= 0
+    assert spent.get("peak GiB") == (round(peak, 2) if (peak := peak_memory()) else None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells")
+def test_peak_memory_is_at_least_what_is_held():
+    held = torch.ones(2 ** 26)                                    # a quarter of a GiB, written to
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    assert held[-1] == 1 and 0.25 < int(lines["VmRSS"].split()[0]) / 2 ** 20 <= peak_memory() < 64
+
+
+def test_peak_memory_is_the_gpus_where_one_was_used_and_nothing_where_nobody_tells(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert peak_memory() is None and "peak GiB" not in Clock().spent()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2 ** 30)
+    assert peak_memory() == 3
