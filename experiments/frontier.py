@@ -15,8 +15,9 @@ second half” are of the five that nothing was set on.
 Where something must go (concept, synonyms, phrases, vanish) a number is the share of pictures in which CLIP
 still sees the class. Where it must stay, it is a share of the pictures that the *untouched* model draws right
 from the same noise: near things, the nearest of them by the text (the canary), a far one, the other classes,
-one synonym and one phrase of each; `disputed` is what readers disagree about. (Of the untouched model itself
-it is a share of all.) Random rows have four seeds of the edit, trained ones three on three classes. Intervals
+one synonym and one phrase of each, the anchor; `disputed` is what readers disagree about. (Of the untouched
+model itself it is a share of all.) `strange` counts pictures that look like none of the untouched model's:
+black ones, noise. Random rows have four seeds of the edit, trained ones three on three classes. Intervals
 are the wider of two: classes and their edits drawn again, and Wilson's over pictures. “H_o − RealEra's” is
 the difference to the row "RealEra, expected", class by class. Seconds are those of the erasure, loading the
 text encoder included; GiB the most memory that its process held; MB the size of the file of its weights.
@@ -106,6 +107,7 @@ def asked(concept: str, words: str, text: Text) -> dict[str, list[tuple[str, str
     groups = groups_of(concept, words, near_things(pair, text))
     for group, kind in (("others' synonyms", "synonyms"), ("others' phrases", "associated")):
         groups[group] = [entry[kind][0] for name, entry in classes.items() if name != concept and entry[kind]]
+    groups["anchor"] = [pair.anchor]
     class_of, drawn = meanings(), drawn_names(book())
     found = {group: [(concept if group in GO else class_of.get(name, name), prompt_of(name)) for name in names
                      if group in GO or name in drawn or "things" not in book()]
@@ -131,11 +133,19 @@ def numbers_of(edit: Path | None) -> dict[str, float]:
             "MB": round(size / 1e6, 2)} | {name: report[name] for name in ("peak GiB",) if name in report}
 
 
+def strange(seen: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
+    """Which pictures are black, noise or the like, [n] bool: to CLIP each is farther from all `usual` ones,
+    the untouched model's, than 99 of 100 of these are from the next. seen, usual: unit features [·, P]."""
+    among = (usual @ usual.T).fill_diagonal_(-1).amax(1)
+    return (seen @ usual.T).amax(1) < among.quantile(0.01)
+
+
 def measure(cells: list[tuple], words: str, seeds: range, args, steps: int | None) -> list[dict[str, list]]:
     """Per cell (concept, what `method_recipe` takes, or None for the untouched model): {group: [right, of]},
     numbers of pictures, and `numbers_of` the edit; {} if it could not be made. Each concept's untouched cell
     comes before its others."""
     text, names, shown, before, found = Text(model_folder(args.model)), sights(), None, {}, []
+    usual = {}                                                    # features of the untouched pictures
     groups = {concept: asked(concept, words, text) for concept in dict.fromkeys(c for c, _ in cells)}
     rows = [(concept, " ".join(map(str, what or ["untouched"])), what) for concept, what in cells]
     for (concept, label, what), (model, clip, edit) in zip(rows, each(rows, args, method_recipe, True)):
@@ -143,6 +153,7 @@ def measure(cells: list[tuple], words: str, seeds: range, args, steps: int | Non
             found.append({})
             continue
         jobs = [(prompt, seed) for some in groups[concept].values() for _, prompt in some for seed in seeds]
+        jobs = list(dict.fromkeys(jobs))                          # a prompt may be in two groups
         features = evaluate(model, clip, jobs, args.out / "results", steps, None, args.batch,
                             what=f"{len(found) + 1}/{len(rows)} {concept}, {label}")
         if shown is None:
@@ -152,10 +163,12 @@ def measure(cells: list[tuple], words: str, seeds: range, args, steps: int | Non
         right = {group: torch.tensor([means[(shown @ features[prompt, seed]).argmax()] == wanted
                                       for wanted, prompt in some for seed in seeds])
                  for group, some in groups[concept].items()}
+        seen = torch.stack([features[job] for job in jobs])
         if what is None:
-            before[concept] = right
+            before[concept], usual[concept] = right, seen
         else:                                                     # of what stays, what was drawn right before
             right = {group: x if group in GO else x[before[concept][group]] for group, x in right.items()}
+            right["strange"] = strange(seen, usual[concept])
         found.append({group: [int(x.sum()), len(x)] for group, x in right.items() if len(x)}
                      | numbers_of(edit))
     return found

@@ -7,12 +7,15 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from experiments import frontier
+from helpers import MINI, random
 from plumbing import making
 from plumbing.book import meanings, sights, use_book
 from plumbing.cli import parse_settings
 from plumbing.stats import wilson
+from sample import Text
 from starts import finished
 
 BOOK = {"classes": {name: {"anchor": "ground", "synonyms": [synonym], "associated": [phrase], "stay": stay,
@@ -44,6 +47,7 @@ def test_what_is_asked_and_among_what_clip_chooses(small, text):
     assert groups["phrases"] == [("cat", "purring in the dark")]
     assert groups["near"] == [("dog", "a photo of the dog"), ("horse", "a photo of the horse")]
     assert groups["others' synonyms"] == [("dog", "a photo of the hound"), ("ship", "a photo of the vessel")]
+    assert groups["anchor"] == [("ground", "a photo of the ground")]
     assert groups["others' phrases"] == [("dog", "barking at the postman"), ("ship", "sailing on the waves")]
     chosen = frontier.asked("cat", "choosing", text)
     assert chosen.keys() == set(frontier.CHOOSE)
@@ -80,6 +84,18 @@ def test_shares_are_of_what_was_right_before(small, monkeypatch):
     right = [b for a, b in zip(*(seen(i, "a photo of the dog", "dog") for i in (0, 1))) if a]
     assert 0 < len(right) and after["near"] == [sum(right), len(right)]
     assert before["far"] == [0, 3] and "far" not in after         # it was never drawn right
+    jobs = {prompt for group in frontier.asked("cat", "reported", Text(MINI)).values() for _, prompt in group}
+    assert after["strange"] == [0, 3 * len(jobs)] and "strange" not in before   # one-hot: all look alike
+
+
+def test_strange_is_what_lies_farther_off_than_the_untouched_from_each_other():
+    usual = F.normalize(random(300, 6, seed=0).float() + torch.tensor([4.0, 0, 0, 0, 0, 0]), dim=1)
+    apart = [max(float(a @ b) for j, b in enumerate(usual) if i != j) for i, a in enumerate(usual)]
+    edge = (sorted(apart)[2] + sorted(apart)[3]) / 2              # three of three hundred
+    off = F.normalize(torch.tensor([[-1.0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]]), dim=1)
+    seen = torch.cat([off, usual[:50], F.normalize(usual[50:60] + 0.01 * off[:1], dim=1)])
+    wanted = [max(float(a @ b) for b in usual) < edge for a in seen]
+    assert frontier.strange(seen, usual).tolist() == wanted and sum(wanted) == 2 and wanted[0]
 
 
 def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatch):
