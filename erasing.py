@@ -11,8 +11,8 @@ A method is one file: a docstring, `Settings`, its mathematics, and an `erase` t
     python erasing.py                                 # lists the methods that are here, a line each
 
 `run` reads the flags, lets `erase` work, writes out/<concept>-<method>/ and draws before and after. A method
-that changes how the model draws, not its weights, returns {} and puts what `Model.draw` shall be given into
-job.drawing; its folder holds no erased.safetensors. In Python, with `import realera`:
+that changes how the model draws, not its weights, returns {} and puts the arguments for `Model.draw` into
+job.drawing; its folder holds no erased.safetensors. In Python, after `import realera`:
 
     W, numbers = erase_with(realera, Model("mini"), "dog", "ground", M=100)
 
@@ -53,7 +53,7 @@ from sample import Model, Text, draw_each, write_sheets
 
 @dataclass
 class Pair:
-    """A concept and its anchor: e, e_star [T, D], float64; edited are n rows from start(_star) on."""
+    """A concept and its anchor, e and e_star [T, D], float64. n rows are edited, from start(_star) on."""
     concept: str
     anchor: str
     e: Tensor
@@ -83,14 +83,14 @@ class Pair:
 
 def make_pairs(concepts, anchors, task: str, text, rows: str, seed: int,
                prompts: str = "template") -> list[Pair]:
-    """A Pair for each concept and its anchor: two lists, or two strings. An anchor None is the book's own, or
-    the task's. `rows`: tail = the last concept token and all after it; token = that token alone. `prompts`:
-    template = the task's; word = the bare word, as in the code of UCE, where an empty anchor's rows begin
-    with begin-of-text.
+    """A Pair for each concept and its anchor: two lists, or two strings. An anchor None: the class's own in
+    the book, else the task's. `rows`: tail = the last concept token and all after it; token = that token
+    alone. `prompts`: template = the task's; word = the bare word, as in the code of UCE, where an empty
+    anchor's rows begin with begin-of-text.
 
-    The pairs come sorted, each with a seed of its own, so the order in which they were given is moot. Blocks
-    are aligned at their first row; the longer one loses its end. Raises UserError for what cannot be erased.
-    """
+    The pairs come sorted, each with a seed of its own: the order in which they are given does not matter.
+    Blocks are aligned at their first row; the longer one loses its end. Raises UserError for what cannot be
+    erased."""
     template, first = ("{}", 0) if prompts == "word" else (TASKS[task][0], 1)
     concepts, anchors = ([x] if isinstance(x, str) else x for x in (concepts, anchors))
     concepts = [" ".join(concept.lower().split()) for concept in concepts]           # CLIP reads no capitals

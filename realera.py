@@ -10,11 +10,11 @@ The paper's symbols, as they are called here (T tokens, D text width, n rows tha
 
     e, e*      e, e_star    [n, D]   rows of "a photo of the airplane", "… sky" from the last token on
     v̂          v_hat        [n, D]   unit direction from e towards noise
-    r, r', l   r, r_anchor, l        radii; their limits D1, D1_anchor, D2 are in units of ‖e‖
+    r, r', l   r, r_anchor, l        radii of a neighbor, its target, a beyond-concept; D1 … are in ‖e‖
     η          eta          [n, D]   perturbation r v̂: e + η is a neighbor concept
-    E, E*, P   E, E_star, P [m, D]   what is moved, where to, and ([p, D]) what must stay: a row per token
-    Δ          delta        [D, D]   the edit, W = W₀ (I + Δ) for all cross-attention matrices at once
-    ε, ε̂       eps, target           noise predicted by the edited network, by the original (the teacher)
+    E, E*, P   E, E_star, P [m, D]   rows that are moved, where to, and rows that must stay (P: [p, D])
+    W₀, Δ      W0, delta    [D, D]   the model's matrices; the edit, W = W₀ (I + Δ) for all of them at once
+    ε, ε̂       eps, target           noise predicted by the edited network (student), the original (teacher)
     z_t, t     z, t                  latents on the original's way to a picture of the anchor
 """
 import contextlib
@@ -46,8 +46,8 @@ class Settings:
     D2: float = 1.8             # beyond-concepts lie between D1 and D2 (section 4.2)
     S1: float = 0.7             # a neighbor's cosine lies between S2 and S1; a beyond-concept's below S2
     S2: float = 0.3
-    M: int = 100                # neighbors per concept; 0: none in Eq. 9 either, its steps become odd ones
-    N: int = 30                 # beyond-concepts per concept; 0: none in Eq. 9 either
+    M: int = 100                # neighbors per concept; 0: none, and every LoRA step is an odd one (Eq. 8)
+    N: int = 30                 # beyond-concepts per concept; 0: none, and Eq. 9 keeps its first term alone
     lambda1: float = 1.0        # weight of what must stay; section 5 has 0.1, which hurts other classes here
     lambda2: float = 0.01       # ridge, times trace(B)/D; not in Eq. 7, but B must be invertible
     real_prompts: bool = True   # P holds real prompts too: the bare template and nouns; "" in any case
@@ -89,7 +89,7 @@ def radius_at(cosine: float, e: Tensor, v_hat: Tensor) -> float:
 
 
 def neighbor_radii(e: Tensor, v_hat: Tensor, s: Settings) -> tuple[float, float]:
-    """The limits of r. The cosine falls with r: so draw where the filter passes, not until it passes."""
+    """The limits of r. The cosine falls with r, so r can be drawn from those that pass: none is rejected."""
     # Eq. (6): both of these at once
     return room(radius_at(s.S1, e, v_hat),
                 min(s.D1 * e.norm().item(),                       # Eq. (3): d(e, e + η) = r ≤ D1
@@ -147,11 +147,11 @@ def expected_concepts(e: Tensor, e_star: Tensor, s: Settings) -> tuple[Tensor, T
         return (low + high) / (2 * d), (low * low + low * high + high * high) / (3 * d * d)
 
     a, a2 = moments(*neighbor_radii(e, -e / d, s))                # E[α], E[α²]
-    b = moments(0, s.D1_anchor * e.norm().item())[0]              # E[β], β = r'/d: independent of α
-    back, more = (0, 0) if s.tolerance == "same" else (b * (1 - a) - a + a2, b * a - a2)
-    own, g = math.sqrt(1 - 2 * a + a2), moments(*beyond_radii(e, -e / d, s))
-    E = torch.cat([own * e, math.sqrt(a2) * noise])
-    E_star = E + torch.cat([((1 - a) * (e_star - e) - back * e) / own, more / math.sqrt(a2) * noise])
+    beta = moments(0, s.D1_anchor * e.norm().item())[0]           # E[β], β = r'/d: independent of α
+    back, more = (0, 0) if s.tolerance == "same" else (beta * (1 - a) - a + a2, beta * a - a2)
+    left, g = math.sqrt(1 - 2 * a + a2), moments(*beyond_radii(e, -e / d, s))
+    E = torch.cat([left * e, math.sqrt(a2) * noise])
+    E_star = E + torch.cat([((1 - a) * (e_star - e) - back * e) / left, more / math.sqrt(a2) * noise])
     P = torch.cat([math.sqrt(1 - 2 * g[0] + g[1]) * e, math.sqrt(g[1]) * noise])
     return math.sqrt(s.M) * E, math.sqrt(s.M) * E_star, math.sqrt(s.N) * P
 
@@ -168,11 +168,11 @@ def closed_form(parts: Iterable[tuple], lambda1: float, lambda2: float) -> tuple
     B = C = 0
     for E, E_star, P in parts:
         E, E_star, P = E.double(), E_star.double(), P.double()    # squares of fp32 rows need more than fp32
-        B, C = B + (E.T @ E + lambda1 * P.T @ P), C + E.T @ (E_star - E)             # [D, D]
+        B, C = B + (E.T @ E + lambda1 * P.T @ P), C + E.T @ (E_star - E)             # Cᵀ in docs/mining.md
     B += lambda2 * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype)
     cond = torch.linalg.cond(B, 1).item()                         # the 2-norm's would cost all eigenvalues
     if not cond < 1e14:
-        raise UserError("the closed form has no unique solution: too few rows; raise the ridge (lambda2, l1)")
+        raise UserError("Eq. 7 has no unique solution: too few rows; raise the ridge (lambda2; RECE: l1)")
     # Eq. (7): Δ = Σ (e* − e) eᵀ · B⁻¹
     return torch.cholesky_solve(C, torch.linalg.cholesky(B)).T, cond
 
@@ -215,7 +215,7 @@ def erase_in_closed_form(pairs: list[Pair], stay: Tensor, s: Settings) -> tuple[
 
 
 @contextlib.contextmanager
-def original(unet, W0: dict[str, Tensor]):
+def as_teacher(unet, W0: dict[str, Tensor]):
     """The teacher ε̂, inside a `with` block: the student's network with W₀ in place and LoRA off."""
     student = {name: unet.get_parameter(name).data for name in W0}
     put_weights(unet, W0)
@@ -261,7 +261,7 @@ def align_noise(model, pairs: list[Pair], ways: list[Trajectories], W0: dict[str
         if not s.N:                                               # Table 3's variant 3
             return noise_alignment_loss(eps, z, t, target, near)
         beyond = pair.context(beyond_concepts(pair.block(), many, generator))
-        with torch.no_grad(), original(unet, W0):
+        with torch.no_grad(), as_teacher(unet, W0):
             beyond_target = eps(z, t, beyond)
         return noise_alignment_loss(eps, z, t, target, near, beyond, beyond_target)
 

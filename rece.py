@@ -150,11 +150,11 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     shares = [[regained(at, G, C, G0, e, e_star, e_adv) for at in (before, after)]
               for before, e_adv, after in rounds]
     for i, (before, after) in enumerate(shares, 1):
-        print(f"round {i}: what is derived regains {before:.1%} of the squared distance, "
-              f"once erased {after:.1%}")
+        print(f"round {i}: the derived rows regain {before:.1%} of the squared distance; "
+              f"after their erasure {after:.1%}")
     last = derive(T, G, C, e, s.lam, e_star if s.regularizer == "target" else None)
     left = regained(T, G, C, G0, e, e_star, last)
-    print(f"what could be derived now regains {left:.1%} of the squared distance")
+    print(f"rows derived now would regain {left:.1%} of the squared distance")
     job.about["start"] = about_edit(start) if start else None
     job.report |= {"regained": shares, "left": left}
 

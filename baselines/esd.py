@@ -11,17 +11,18 @@ picture of it, as ε itself draws it by now:
 
     L = ‖ε(z_t, c, t) − [ε*(z_t, t) − η (ε*(z_t, c, t) − ε*(z_t, t))]‖²
 
-The bracket is what guidance with scale −η predicts. ESD-x learns queries, keys, values and output of every
-cross-attention, so all other prompts with the word's rows change too; ESD-u learns all but those, so the word
-is read as before, and what is drawn changes whatever the prompt is. It needs the word alone: no pictures, no
-anchor (--anchor is not looked at), nothing that must stay.
+ε*(z_t, t), without c, is the prediction for "". The bracket is what guidance with scale −η predicts. ESD-x
+learns queries, keys, values and output of every cross-attention, so every prompt that contains the word
+changes, too; ESD-u learns all but those, so the word is read as before, and what is drawn changes whatever
+the prompt is. It needs the word alone: no pictures, no anchor (--anchor is not looked at), nothing to keep.
 
 As published: 1,000 steps of Adam at 1e-5, one latent each, drawn with guidance 3; η = 1.
 As coded (the first code): z is 50 steps' DDIM stopped at step t_enc, but the sampler leaves out its first
-    step and stops late, so that z lies two steps below t_enc. The network is told a time within t_enc's step:
-    39 to 58 too noisy. ESD-u leaves out time embedding, last norm and last convolution.
-As here: the same; `as_published=false` tells z's own time. `steps` are the model's own if not set: 50 for SD,
-    25 for mini, where a step is twice as long, and the time told 79 to 118 too noisy. The authors' second
+    step and stops late, so that z lies two steps below t_enc. The network is given a time t within
+    t_enc's step: by 39 to 58 of 1,000 too large for z. ESD-u leaves out time embedding, last norm and last
+    convolution.
+As here: the same; `as_published=false` gives z's own time. `steps` are the model's own if not set: 50 for SD,
+    25 for mini, where a step is twice as long, and the given time 79 to 118 too large. The authors' second
     code has `as_published=false frozen=true iterations=200 lr=5e-5`, but draws with PNDM, and its ESD-u
     trains no norms, but time embedding and last convolution. Several concepts: one at random each step.
 """
@@ -43,14 +44,14 @@ from plumbing.training import begin, descend, predict, tell
 @dataclass(frozen=True)
 class Settings:
     """The authors' values."""
-    variant: str = "x"          # x: cross-attention; u: all but it
+    variant: str = "x"          # x: cross-attention; u: everything else
     iterations: int = 1000
     lr: float = 1e-5            # of Adam
     eta: float = 1.0            # η: how far the target lies beyond ε*(z, "")
     guidance: float = 3.0       # with which z is drawn
     steps: int = 0              # of DDIM from noise to picture; 0: the model's own
     frozen: bool = False        # True: the untouched network draws z
-    as_published: bool = True   # False: the network is told the time that z has
+    as_published: bool = True   # False: the network is given the time that z has
 
     def __post_init__(self):
         if self.variant not in ("x", "u"):
@@ -67,7 +68,7 @@ def trained_names(unet, variant: str) -> list[str]:
 
 
 def part_of_the_way(scheduler: Scheduler, steps: int, t_enc: int, u: float, as_published: bool):
-    """Which of DDIM's steps lead to z, and the time t that is told; t_enc 0 … steps − 1, u in [0, 1)."""
+    """Which of DDIM's steps lead to z, and the time t that is given; t_enc 0 … steps − 1, u in [0, 1)."""
     if not as_published:
         return slice(0, steps - 1 - t_enc), scheduler.timesteps(steps)[steps - 1 - t_enc]
     # The quirk: without the first step, and until step t_enc − 1 is taken, z is two steps below t_enc …

@@ -11,14 +11,16 @@ of the transformers, 192 in SD v1, and needs the word alone. c, n are rows of th
 (the authors' "neutral" text: "" unless given), a are random rows:
 
     L = ‖ε(z_t, c) − (ε₀(n) − g (ε₀(c) − ε₀(n)))‖² + λ mean_a ‖ε(z_t, a) − ε₀(z_t, a)‖²   latent anchoring
-    m(p) = max over concepts of max(cos(e(p), e(c)), share of c's tokens that p has)      at drawing
+    m(p) = max over concepts of max(cos(e(p), e(c)), fraction of c's tokens that p has)   at drawing
 
-z_t: the adapted network draws c with guidance 3 and stops at a random step. ε₀: the network as it was.
+z_t: the adapted network draws c with guidance 3 and stops at a random step. ε₀: the network as it was. g: how
+far beyond n the target lies. m is the strength that a prompt p asks for, 1 in training; e(p) and e(c) are all
+rows of prompt and concept, as one vector.
 
 - As published: the strength is m; all a are random, as far from the origin as c times 0.8 … 1.2.
-- As coded, and here with as_published=true: half of the anchoring goes to "" (1), the network is told a time
-  that is too noisy (2), by 33 to 42 there, 32 to 41 here at 30 steps and 123 at the 8 of preset=mini, and
-  what acts is m² (3): see the lines.
+- As coded, and here with as_published=true: half of the anchoring goes to "" (1), the network is given a time
+  that is too large for z (2), by 33 to 42 of 1,000 there, 32 to 41 here at 30 steps, 123 at preset=mini's 8,
+  and what acts is m² (3). The comments (1) to (3) mark the lines.
 - As coded, not here: AdamW in 8 bits; H and W from 256 … 448 (here the model's own); an a is drawn again with
   a chance of cos(a, c), 0 ± 0.004.
 - preset=mini is ours, as 3,000 iterations take an hour or more on two cores; with the authors' λ = 1000, and
@@ -53,10 +55,10 @@ PRESETS = {"authors": (3000, 1e-4, 30, 1000.0), "mini": (80, 5e-3, 8, 10.0)}
 
 @dataclass(frozen=True)
 class Settings:
-    preset: str = "authors"     # authors or mini: gives those of the four below that are None
+    preset: str = "authors"     # authors or mini: the next four, where they are None
     iterations: int = None
     lr: float = None
-    steps: int = None           # of DDIM, of which a random number comes before each iteration
+    steps: int = None           # of DDIM; each iteration draws c up to a random one
     anchoring: float = None     # λ
     rank: int = 1
     alpha: float = 1.0          # an adapter is alpha / rank · up · down
@@ -92,7 +94,7 @@ def merged(unet: nn.Module, adapters: dict, s: Settings) -> dict[str, Tensor]:
 
 
 def rate(i: int, n: int) -> float:
-    """The share of lr in iteration i of n, from 0 on: a sixth to warm up, then three cosines down to 0."""
+    """The fraction of lr in iteration i of n, from 0 on: a sixth to warm up, then three cosines down to 0."""
     return 6 * i / n if 6 * i < n else (1 + math.cos(math.pi * (3 * (6 * i - n) / (5 * n) % 1))) / 2
 
 

@@ -1,7 +1,8 @@
 """UCE: move a concept's keys and values to another's in closed form, and keep those of a list of prompts.
 
 Paper: Gandikota et al. 2024, "Unified Concept Editing in Diffusion Models". For each cross-attention matrix
-W₀, with rows k of the concept, their twins k* of the anchor and rows r of what must stay, it minimizes
+W₀, with rows k of the concept, their twins k* of the anchor and rows r of what must stay (realera.py's e, e*
+and p), it minimizes
 
     s_e Σ ‖W k − v‖² + s_p Σ ‖W r − W₀ r‖² + λ ‖W − W₀‖²,    v = W₀ k*                     (replace)
 
@@ -9,8 +10,8 @@ As every target is W₀ times something, one right factor solves it for all matr
 
     Δ = s_e Σ (k* − k) kᵀ B⁻¹,    B = λ I + s_e Σ k kᵀ + s_p Σ r rᵀ                        [D, D]
 
-With `tensor`, v is W₀ k* less its part along W₀ k, by one inner product over all rows: W₀ (k* − c k), where
-c = Σ ⟨W₀ k, W₀ k*⟩ / Σ ‖W₀ k‖² differs from matrix to matrix. So each has a Δ of its own.
+With `technique=tensor`, v is W₀ k* less its part along W₀ k, by one inner product over all rows:
+W₀ (k* − c k), where c = Σ ⟨W₀ k, W₀ k*⟩ / Σ ‖W₀ k‖² differs from matrix to matrix. So each has its own Δ.
 
     python baselines/uce.py --concept airplane --anchor sky
     python baselines/uce.py --concept airplane                    # towards "", the authors' choice
@@ -25,7 +26,8 @@ It trains nothing; it needs the text encoder and the matrices alone. As publishe
     prompts  codes: the bare word. Here: the same; or prompts=template, the task's, which is another edit
     r, s_p   first code: all rows of "" and of each retained text, s_p = max(0.1, 1 / number of texts).
              Second: each text's last token, without "", s_p = 1. Here: the same, with the texts of --retain
-    no anchor  codes: k* begins with begin-of-text. Here: the same, but with prompts=template right after it
+    no anchor  codes: k* are the rows of "" from begin-of-text on. Here: the same; with prompts=template from
+             the row after it on
     left out  1,734 artists that the first code retains for a style, and more prompts for a concept
 """
 import dataclasses

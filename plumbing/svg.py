@@ -28,12 +28,15 @@ MARKS = ["M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z", "M-4.5-4.5h9v9h-9z", "M0-6.5L6.
          "M0-6L6 5H-6z", "M-6-5H6L0 6z"]                          # circle, square, diamond, triangles
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Drawing:
     width: float                                                  # pixels
     height: float
     body: str                                                     # SVG elements, from (0, 0) on
     title: str
+
+    def __repr__(self) -> str:                                    # in a terminal
+        return f"<drawing, {self.width:.0f} x {self.height:.0f}: svg.write(\"x.svg\", it) writes it>"
 
     def _repr_svg_(self) -> str:
         return page(self)

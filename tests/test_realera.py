@@ -27,8 +27,8 @@ from plumbing.book import BOOK, nouns
 from plumbing.disk import read_json
 from plumbing.edits import cross_attention, read_edit
 from plumbing.prompts import preserved_prompts
-from realera import (Settings, Trajectories, align_noise, beyond_concepts, closed_form, erase_in_closed_form,
-                     neighbor_concepts, noise_alignment_loss, original, radius_at, towards_noise)
+from realera import (Settings, Trajectories, align_noise, as_teacher, beyond_concepts, closed_form,
+                     erase_in_closed_form, neighbor_concepts, noise_alignment_loss, radius_at, towards_noise)
 from sample import Model, Text
 from starts import run
 from unet import UNet
@@ -521,7 +521,7 @@ def test_teacher_is_the_original_and_the_student_comes_back_even_after_an_error(
     clean, x = ToyModel().unet, torch.randn(1, 4, 2, 2, generator=rng(3))
     c = torch.randn(1, 10, 16, generator=rng(4))
     student = model.unet(x, 5, c)
-    with pytest.raises(RuntimeError), original(model.unet, W0) as teacher:
+    with pytest.raises(RuntimeError), as_teacher(model.unet, W0) as teacher:
         assert torch.equal(teacher(x, 5, c), clean(x, 5, c))
         raise RuntimeError
     assert torch.equal(model.unet(x, 5, c), student) and not torch.equal(student, clean(x, 5, c))

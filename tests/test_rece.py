@@ -246,8 +246,8 @@ def test_the_command_writes_the_edit_of_the_naive_loop_and_reports(work, model):
     left = 1 - naive_missed(W, W0, last, e) / naive_missed(W0, W0, e_star, e)
     assert report["left"] == pytest.approx(left.item(), abs=1e-6)
     printed = (work / "printed").read_text()
-    assert (f"round 1: what is derived regains {shares[0]:.1%} of the squared distance, "
-            f"once erased {shares[1]:.1%}"
+    assert (f"round 1: the derived rows regain {shares[0]:.1%} of the squared distance; "
+            f"after their erasure {shares[1]:.1%}"
             in printed)
     for part in ("‖ΔW‖/‖W‖", 'drift of ""', "round 1, airplane: ", "a photo of the airplane", "seconds:"):
         assert part in printed

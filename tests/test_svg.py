@@ -131,6 +131,7 @@ def test_drawings_stand_side_by_side_while_a_readme_has_room_and_are_the_same_by
     svg.write(tmp_path / "a.svg", half, half, half)
     assert (tmp_path / "a.svg").read_bytes() == first
     assert half._repr_svg_() == svg.page(half)
+    assert repr(half).startswith("<drawing, ") and len(repr(half)) < 80              # in a terminal
 
 
 @pytest.mark.parametrize("log", [False, True])
