@@ -211,24 +211,24 @@ def outcomes(clip: CLIP, concept: str, found: dict[Picture, Tensor], seeds: rang
     """What CLIP says, by way of counting and group: {"top-1": {"e": [pictures], "s": …}, …}.
 
     top-1 and probability choose among the ten classes and the scenes that serve as anchors: a choice without
-    "none of them" calls half of all plain sky an airplane. "ten-way" is the paper's choice among the classes.
-    Celebrities are chosen among the five and "a person"; the paper's own judge, GCD, is a --detector. Styles
-    are scored by the cosine with "an artwork by …", also where the prompt was another (the paper is silent).
-    """
+    "none of them" calls half of all plain sky an airplane. "ten-way" chooses among the classes alone, and
+    "ten-way probability", what the paper prints, is the softmax there. Celebrities are chosen among the five
+    and "a person"; the paper's own judge, GCD, is a --detector. Styles are scored by the cosine with "an
+    artwork by …", also where the prompt was another (the paper is silent)."""
     names, prompts = choices(task, concept)
     text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()        # [names, P]
-    counted = {"CLIP score": {}} if task == "style" else {"top-1": {}, "probability": {}, "ten-way": {}}
+    counted: dict[str, dict] = {}
     for group, rows in row_prompts(concept, task, seeds, erased).items():
         features = torch.stack([found[prompt, seed] for _, prompt, seed in rows])
-        wanted = torch.tensor([names.index(name) for name, _, _ in rows])
+        wanted, at = torch.tensor([names.index(name) for name, _, _ in rows]), torch.arange(len(rows))
         cosines = features @ text.T                                                  # [pictures, names]
         logits = clip.logit_scale.exp().cpu() * cosines
-        if task == "style":
-            counted["CLIP score"][group] = cosines[torch.arange(len(wanted)), wanted]
-            continue
-        counted["top-1"][group] = (logits.argmax(1) == wanted).float()
-        counted["probability"][group] = logits.softmax(1)[torch.arange(len(wanted)), wanted]
-        counted["ten-way"][group] = (logits[:, :len(names)].argmax(1) == wanted).float()
+        ten = logits[:, :len(names)]
+        ways = {"CLIP score": cosines[at, wanted]} if task == "style" else {
+            "top-1": logits.argmax(1) == wanted, "probability": logits.softmax(1)[at, wanted],
+            "ten-way": ten.argmax(1) == wanted, "ten-way probability": ten.softmax(1)[at, wanted]}
+        for how, x in ways.items():
+            counted.setdefault(how, {})[group] = x.float()
     return counted
 
 

@@ -19,8 +19,9 @@ The last is Eq. 7 again. e′ is 0 or the target ("regularizer"), e_t the target
 s_e and s_p are the settings lam, l1, erase and retain. The authors' λ and rounds, in the units of SD v1.4's
 text space: 1e-1 and 3 for nudity, 1e-1 and 2 for other unsafe concepts, 1e-3 and 1 for styles and hard
 objects, 1e-1 and 1 for easy ones (none where UCE alone does). Nothing guarantees that what is regained falls
-from round to round; it is printed. As here: all rows of the task's prompt, from the second on at the start;
-as coded: of the bare concept, and a start without a target has begin-of-text, too.
+from round to round; it is printed. As here, of the task's prompt: a round has all rows, the start
+those from the concept's last token on, an empty target's from the one after begin-of-text on. As coded: of
+the bare concept, and an empty target's from begin-of-text on.
 """
 import math
 from dataclasses import dataclass

@@ -45,7 +45,7 @@ class Settings:
     batch: int = 8
     pictures: int = 64          # of each anchor; the authors have 1,000
     augment: bool = True        # objects; styles and people never are
-    as_published: bool = True   # False: mean over the channels; the untouched network is the teacher
+    as_published: bool = True   # False: mean over the channels
 
     def __post_init__(self):
         if min(self.steps, self.lr, self.batch, self.pictures) <= 0:
@@ -90,7 +90,7 @@ def read(unet, W: dict[str, Tensor], c: Tensor) -> dict:
 def ac_loss(unet, W: dict, z: Tensor, t: Tensor, c: Tensor, c_star: Tensor, mask: Tensor, as_published=True):
     """L, differentiable in W: z [B, 4, h, w], t [B], c, c_star [B, T, D], mask [B, 1, h, w]."""
     with torch.no_grad():
-        target = unet(z, t, read(unet, W, c_star) if as_published else c_star).float()
+        target = unet(z, t, read(unet, W, c_star)).float()
     square = mask * (unet(z, t, read(unet, W, c)).float() - target).square()
     # The quirk: the four channels are summed. AdamW would not notice, but gradients are cut at length 1.
     loss = (square.sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)).mean()

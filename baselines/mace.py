@@ -18,7 +18,9 @@ Trains: attn2's to_k and to_v. Needs: an anchor; the model draws the pictures it
                    any of the 30, not its picture's. as_published=false: the first end token, its prompt
     as here        M, not Grounded-SAM's: where the model's own attention to the concept's tokens is at least
                    mask_threshold of its maximum (0: everywhere; above 1: nowhere, and the LoRA stays 0);
-                   prompts of our own; no crops; no preserved concepts in stages 1 and 3
+                   prompts of our own; the model's own pictures, by DDIM (theirs: DPM-Solver++, guidance 7.5,
+                   then cropped, in ImageNet's scale); no preserved concepts in stages 1 and 3; of styles and
+                   people two prompts, so λ weighs some 15 times more
 """
 import statistics
 import sys

@@ -26,7 +26,8 @@ It trains nothing, and needs text encoder and matrices alone. Coded, and if not 
              |tᵀ r|, in all layers. filter=false: all; as_published=false leaves out filter and noise, though
              both are the paper's
     noise    copies r + z v, z ~ N(0, 1), v what W₀ shrinks most of its row space, those with ‖W_e r‖ above
-             the copies' mean (there of each 128 rows, here of all). as_published=false or aug_num=0: none
+             the copies' mean (there of each 128 rows, here of all). as_published=false or aug_num=0: none,
+             and no filter
     threshold  0.1 (paper: "zero"), in squared units of the text encoder: it means other things on other
              models. A row's square is some 768 in SD v1.4, 256 in mini, where 0.1 does, too
     K₂, λ    k-means from random rows, here from --seed and kept in K2.safetensors; λ = 0
@@ -80,9 +81,9 @@ def retained_rows(rows: Tensor, W0: Tensor, W_e: Tensor, s: Settings, generator:
     def moved_most(rows: Tensor) -> Tensor:
         moved = (rows @ W_e.T).norm(dim=1)
         return rows[moved > moved.mean()] if len(rows) > 1 else rows
-    rows = moved_most(rows) if s.filter else rows
-    if not s.aug_num:
+    if not s.aug_num:                                             # as coded: then no filter either
         return rows
+    rows = moved_most(rows) if s.filter else rows
     copies, v = rows.repeat(s.aug_num, 1), torch.linalg.svd(W0, full_matrices=False).Vh[-1]     # v [D]
     z = torch.randn(len(copies), 1, generator=generator, dtype=rows.dtype)
     return torch.cat([rows, moved_most(copies + z * v)])

@@ -21,8 +21,8 @@ rows of prompt and concept, as one vector.
 - As coded, and here with as_published=true: half of the anchoring goes to "" (1), the network is given a time
   that is too large for z (2), by 33 to 42 of 1,000 there, 32 to 41 here at 30 steps, 123 at preset=mini's 8,
   and what acts is m² (3). The comments (1) to (3) mark the lines.
-- As coded, not here: AdamW in 8 bits; H and W from 256 … 448 (here the model's own); an a is drawn again with
-  a chance of cos(a, c), 0 ± 0.004.
+- As coded, not here: several adapters in one network, (Σ m up)(Σ m down), with cross terms; AdamW in 8 bits;
+  H and W from 256 … 448 (here the model's own); an a is drawn again with a chance of cos(a, c), 0 ± 0.004.
 - preset=mini is ours, as 3,000 iterations take an hour or more on two cores; with the authors' λ = 1000, and
   100 iterations at a rate of 2e-3, nothing was erased.
 
@@ -140,7 +140,8 @@ def drawing(about: dict, text) -> dict:
 
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     said = {"concepts": [pair.concept for pair in job.pairs], "anchors": [pair.anchor for pair in job.pairs]}
-    job.report["prompts"] = {"erased": said["concepts"], "anchor": said["anchors"], "retained": [""]}
+    job.report |= {"prompts": {"erased": said["concepts"], "anchor": said["anchors"], "retained": [""]},
+                   "strength": "max(cosine, fraction of tokens)" + ", squared" * s.as_published}
     job.trained, job.drawing = True, drawing(said | {"settings": dataclasses.asdict(s)}, job.text)
     unet, generator, tensors = job.model.unet, torch.Generator().manual_seed(job.seed), {}
     adapters = add_adapters(unet, s.rank, generator)

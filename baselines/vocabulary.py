@@ -151,7 +151,7 @@ def erase_with_words(pairs: list[Pair], vocabulary: Vocabulary, stay: Tensor, s:
     for pair in pairs:                                            # what stays counts once for each concept
         goes, nearest = found[str(pair)]
         first, rest = pair.block_star()[0], pair.block_star()[1:].mean(0).nan_to_num()
-        E = [pair.block(), *also]
+        E = [pair.block(), *(x[:pair.n] for x in also)]
         E_star = [pair.block_star()[:len(x)] for x in E]
         times = min(vocabulary.times, pair.n - 1) ** 0.5          # a row times √x counts x times
         for w, z in rows(goes).double():
@@ -172,11 +172,10 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     job.clock("vocabulary")
     also, keep = ([" ".join(name.lower().split()) for name in names or ()]           # CLIP reads no capitals
                   for names in (job.args.also, job.args.keep))
-    n = max(pair.n for pair in job.pairs)
     go, stay = (edited_rows([prompt_of(name, job.task) for name in some], job.text) for some in (also, keep))
+    hidden = set() if s.measured else measured_words()
     delta, found = erase_with_words(job.pairs, vocabulary, torch.cat([job.stay(False)[0], *stay]), s,
-                                    [rows[:n] for rows in go],
-                                    {*also, *keep, *(() if s.measured else measured_words())})
+                                    go, {*also, *keep, *hidden})
     W = edited(job.W0, delta)
     job.clock("closed form")
     for pair, sets in found.items():
@@ -184,7 +183,7 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
         print("{}: with it {}; near and kept {}".format(pair, *(words or "no word" for words in said)))
     job.report |= {"goes": {pair: goes for pair, (goes, _) in found.items()}, "also": also, "keep": keep,
                    "near and kept": {pair: near for pair, (_, near) in found.items()},
-                   "words": len(vocabulary.words)}
+                   "words": len(vocabulary.words), "hidden": sorted(hidden & {*vocabulary.words})}
     return W
 
 

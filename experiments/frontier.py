@@ -18,9 +18,11 @@ from the same noise: near things, the nearest of them by the text (the canary), 
 one synonym and one phrase of each, the anchor; `disputed` is what readers disagree about. (Of the untouched
 model itself it is a share of all.) `strange` counts pictures that look like none of the untouched model's:
 black ones, noise. Random rows have four seeds of the edit, trained ones three on three classes. Intervals
-are the wider of two: classes and their edits drawn again, and Wilson's over pictures. “H_o − RealEra's” is
-the difference to the row "RealEra, expected", class by class. Seconds are those of the erasure, loading the
-text encoder included; GiB the most memory that its process held; MB the size of the file of its weights.
+are the wider of two: classes and their edits drawn again, and Wilson's over pictures; of H_o and H near, of
+classes, edits and pictures drawn again. “H_o − ROW” is the difference to that row (--reference), class by
+class. “Ten-way” is the paper's number: the mean probability of the name among the classes alone. Seconds are
+those of the erasure, loading the text encoder included; GiB the most memory that its process held; MB the
+size of the file of its weights.
 
 tries.json has all tries, cells.json every class by itself, frontier.svg a curve per row, of the tries. Ten
 classes and the default rows are some 100,000 pictures, ten hours on two cores; a killed run goes on. Of the
@@ -39,6 +41,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import make_pairs
 from eval_clip import harmonic
+from experiments.rows import ANCHOR, MINING, RANDOM, ROWS, TRAINED, names_of
 from experiments.shares import groups_of, near_things
 from experiments.tables import NOISE, drift_of, each
 from plumbing import UserError, svg
@@ -46,57 +49,16 @@ from plumbing.book import book, drawn_names, meanings, sights
 from plumbing.cli import RANK, at_least_1, command_line, measuring_args, program
 from plumbing.disk import read_json
 from plumbing.edits import edit_file
-from plumbing.making import Recipe, recipe
+from plumbing.making import Recipe, commit, recipe
 from plumbing.models import model_folder
 from plumbing.prompts import prompt_of
 from plumbing.results import evaluate
 from plumbing.stats import as_markdown, wilson, write_tables
 from sample import Text
 
-CLOSED = ["M=0", "N=0", "lora_steps=0"]
-UCE = [f"lamb={x}" for x in (30000, 10000, 3000, 1000, 100, 0.5)]           # the last is the authors'
-# A row: the method's file, its settings, and its six strengths, the weakest first. RealEra's have no noise
-# alignment: it adds nothing measurable (docs/results.md), and takes two minutes an edit. All closed forms
-# have the same P, the book's preserved nouns, but for rows that say so; SLD's warm-ups are for 12 steps.
-ROWS = {
-    "closed form": ("realera.py", CLOSED, [f"lambda1={x}" for x in (3, 1, 0.3, 0.1, 0.03, 0.01)]),
-    "reach": ("realera.py", [*CLOSED, "lambda1=0.1"], [f"reach={x}" for x in (1.25, 1.5, 2, 2.5, 3, 4)]),
-    "RealEra, as printed": ("realera.py", ["lora_steps=0", "lambda1=0.1"],
-                            [f"M={x}" for x in (3, 10, 30, 100, 300, 1000)]),
-    "RealEra, expected": ("realera.py", ["lora_steps=0", "lambda1=0.1", "mining=expected", "tolerance=same"],
-                          [f"M={x}" for x in (3, 10, 30, 100, 300, 1000)]),
-    "vocabulary": ("baselines/vocabulary.py", ["measured=false"],
-                   [f"reach={x}" for x in (1, 1.5, 2, 3, 4, 6)]),
-    "vocabulary, no contrast": ("baselines/vocabulary.py", ["measured=false", "contrast=0"],
-                                [f"threshold={x}" for x in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)]),
-    "vocabulary, all words": ("baselines/vocabulary.py", [], [f"reach={x}" for x in (1, 1.5, 2, 3, 4, 6)]),
-    "UCE": ("baselines/uce.py", ["retain=nouns"], UCE),
-    "UCE, nothing retained": ("baselines/uce.py", [], UCE)}
-MINING = list(ROWS)             # the default; most of the others are trained, which takes minutes a try
-ROWS |= {
-    "SPEED": ("baselines/speed.py", ["rows=tail", "retain=nouns"],
-              [f"threshold={x}" for x in (0.001, 0.01, 0.1, 1, 10, 100)]),
-    "RECE": ("rece.py", ["real_prompts=true"], [f"rounds={x}" for x in (0, 1, 2, 3, 5, 8)]),
-    "MACE": ("baselines/mace.py", [], [f"lr={x}" for x in (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2)]),
-    "ESD-x": ("baselines/esd.py", ["iterations=200"],
-              [f"lr={x}" for x in (1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 1e-3)]),
-    "ESD-u": ("baselines/esd.py", ["variant=u", "iterations=60", "steps=10"],
-              [f"lr={x}" for x in (1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 1e-3)]),
-    "AC": ("baselines/ac.py", [], [f"lr={x}" for x in (1.6e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)]),
-    "FMN": ("baselines/fmn.py", [], [f"lr={x}" for x in (2e-6, 1e-5, 3e-5, 6e-5, 1.2e-4, 2e-4)]),
-    "SA": ("baselines/sa.py", ["steps=60", "batch=4"],
-           [f"lr={x}" for x in (1.6e-4, 4e-4, 1e-3, 2e-3, 4e-3, 1e-2)]),
-    "SPM": ("baselines/spm.py", ["preset=mini"], [f"lr={x}" for x in (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)]),
-    "SLD": ("baselines/sld.py", [],
-            ["preset=weak warmup=4", "preset=medium warmup=2", "preset=strong warmup=2",
-             "preset=strong warmup=0", "preset=max", "preset=max scale=20000"]),
-    "Surgery": ("baselines/surgery.py", [], [f"beta={x}" for x in (-0.24, -0.12, -0.06, -0.03, 0, 0.03)])}
-ANCHOR = {"SPM": "", "Surgery": ""}                               # their authors'; of other rows the book's
-RANDOM = {"RealEra, as printed", "SPEED"}                         # four seeds of the edit
-TRAINED = {"MACE", "ESD-x", "ESD-u", "AC", "FMN", "SA", "SPM"}    # three, on three classes
-REFERENCE = "RealEra, expected"
 HALF = ("airplane", "cat", "frog", "ship", "truck")               # see above
 GO = ("concept", "synonyms", "phrases", "vanish")                 # what must go; the other groups stay
+PAPERS = ("concept", "other classes", "synonyms")                 # its Acc_e, Acc_s, Acc_g
 CHOOSE = ("concept", "synonyms", "phrases", "near", "canary", "other classes")       # what tries are drawn on
 
 
@@ -119,8 +81,8 @@ def method_recipe(concept: str, what: tuple, seed: int, dtype: str) -> Recipe:
     """what: a row of ROWS, the strength, and the seed of the edit."""
     row, strength, edit_seed = what
     file, settings, _ = ROWS[row]
-    return recipe(file, concept, [*settings, *strength.split()], NOISE + seed + edit_seed,
-                  anchor=ANCHOR.get(row))
+    anchor = next((ANCHOR[name] for name in names_of(row) & ANCHOR.keys()), None)
+    return recipe(file, concept, [*settings, *strength.split()], NOISE + seed + edit_seed, anchor=anchor)
 
 
 def numbers_of(edit: Path | None) -> dict[str, float]:
@@ -160,17 +122,24 @@ def measure(cells: list[tuple], words: str, seeds: range, args, steps: int | Non
             with torch.no_grad():
                 ids = clip.tokenizer([f"a photo of the {name}" for name in names]).to(clip.logit_scale.device)
                 shown, means = clip.text_features(ids).cpu(), [*names.values()]      # [names, P]
-        right = {group: torch.tensor([means[(shown @ features[prompt, seed]).argmax()] == wanted
-                                      for wanted, prompt in some for seed in seeds])
-                 for group, some in groups[concept].items()}
-        seen = torch.stack([features[job] for job in jobs])
+        right, paper, classes = {}, {}, list(book()["classes"])   # the first of the names
+        for group, some in groups[concept].items():
+            wanted = [name for name, _ in some for _ in seeds]
+            cosines = torch.stack([features[prompt, seed] for _, prompt in some for seed in seeds]) @ shown.T
+            right[group] = torch.tensor([means[i] == name for i, name in zip(cosines.argmax(1), wanted)])
+            if group in PAPERS:
+                p = (clip.logit_scale.exp().cpu() * cosines[:, :len(classes)]).softmax(1)
+                at = [classes.index(name) for name in wanted]
+                paper[f"{group}, ten-way"] = [round(p[range(len(at)), at].sum().item(), 4), len(at)]
+        seen, absolute = torch.stack([features[job] for job in jobs]), {
+            group: f"{x.sum()} of {len(x)}" for group, x in right.items() if group not in GO}
         if what is None:
             before[concept], usual[concept] = right, seen
         else:                                                     # of what stays, what was drawn right before
             right = {group: x if group in GO else x[before[concept][group]] for group, x in right.items()}
             right["strange"] = strange(seen, usual[concept])
-        found.append({group: [int(x.sum()), len(x)] for group, x in right.items() if len(x)}
-                     | numbers_of(edit))
+        found.append({group: [int(x.sum()), len(x)] for group, x in right.items() if len(x)} | paper
+                     | {"of all": absolute} | numbers_of(edit))
     return found
 
 
@@ -190,28 +159,39 @@ def h_near(cells: list[dict[str, list]]) -> float:
     return harmonic(mean(cells, "concept"), mean(cells, "near"), mean(cells, "phrases"))
 
 
-def again(cells: list[tuple], statistic) -> torch.Tensor:
+def redrawn(counts: dict[str, list], edits: int, rng: torch.Generator) -> list[dict[str, list]]:
+    """A cell a thousand times, its pictures drawn again; the numbers are divided by that many edits."""
+    groups = {group: x for group, x in counts.items() if isinstance(x, list) and x[1]}
+    drawn = {group: (torch.binomial(torch.full((1000,), float(round(edits * of))),
+                                    torch.full((1000,), right / of), generator=rng) / edits).tolist()
+             for group, (right, of) in groups.items()}
+    return [counts | {group: [drawn[group][k], x[1]] for group, x in groups.items()} for k in range(1000)]
+
+
+def again(cells: list[tuple], statistic, pictures: bool) -> torch.Tensor:
     """The statistic of (concept, counts) a thousand times, [1000]: classes drawn with replacement, the same
-    ones for every row that has these classes, and of each class as many edits as it has."""
-    of_class: dict[str, list] = {}
+    ones for every row that has these classes, and of each class as many edits as it has; and the pictures."""
+    times, of_class = Counter(concept for concept, _ in cells), {}
+    rng, which, edits = (torch.Generator().manual_seed(i) for i in (2, 0, 1))
     for concept, counts in cells:
-        of_class.setdefault(concept, []).append(counts)
-    classes, which = [*of_class.values()], torch.Generator().manual_seed(0)
-    edits, found = torch.Generator().manual_seed(1), []
-    for _ in range(1000):
+        of_class.setdefault(concept, []).append(
+            redrawn(counts, times[concept], rng) if pictures else [counts] * 1000)
+    classes, found = [*of_class.values()], []
+    for k in range(1000):
         some = [classes[i] for i in torch.randint(len(classes), (len(classes),), generator=which)]
-        found.append(statistic([one[i] for one in some
+        found.append(statistic([one[i][k] for one in some
                                 for i in torch.randint(len(one), (len(one),), generator=edits)]))
     return torch.tensor(found)
 
 
 def interval(cells: list[tuple], statistic, group: str | None = None, less: list[tuple] = ()) -> list | str:
     """[value, low, high] in percent, 95 %: redrawn; of a group's share, at least Wilson's; "–": none has it.
-    less: cells whose own statistic is taken off, class by class."""
+    less: cells whose own statistic is taken off, class by class, as pictures share their noise."""
     value = statistic([counts for _, counts in cells]) - (statistic([c for _, c in less]) if less else 0)
     if math.isnan(value):
         return "–"
-    drawn = again(cells, statistic) - (again(less, statistic) if less else 0)
+    pictures = not (group or less)
+    drawn = again(cells, statistic, pictures) - (again(less, statistic, pictures) if less else 0)
     low, high = drawn.nanquantile(torch.tensor([0.025, 0.975])).tolist()
     if group:
         w_low, w_high = wilson(value, sum(counts[group][1] for _, counts in cells if group in counts))
@@ -249,7 +229,8 @@ def choose(rows: list[str], halves: list[list[str]], args) -> tuple[dict[str, li
 
 def seeds_of(row: str, concept: str, classes: list[str]) -> range:
     """The seeds of a row's edits of a class."""
-    return range(4 if row in RANDOM else 3 if row in TRAINED and concept in classes[:3] else 1)
+    names = names_of(row)
+    return range(4 if names & RANDOM else 3 if names & TRAINED and concept in classes[:3] else 1)
 
 
 def alike(cells: list[tuple]) -> list[tuple]:
@@ -259,16 +240,17 @@ def alike(cells: list[tuple]) -> list[tuple]:
                        for group, x in counts.items()}) for concept, counts in cells]
 
 
-def summary(row: str | None, cells: list[tuple], best: list[str], halves: list, reference: list) -> dict:
-    """A line of the table: cells (concept, counts) of the row, and of the row to compare with."""
+def summary(row: str | None, cells: list[tuple], best: list[str], halves: list, to: str,
+            reference: list) -> dict:
+    """A line of the table: cells (concept, counts) of the row, and of the row `to` compare with."""
     groups = dict.fromkeys(group for _, counts in cells for group, x in counts.items() if isinstance(x, list))
     line = {"row": row or "untouched", "strength": "; ".join(dict.fromkeys(best)) if row else "–"}
     line |= {group: interval(cells, lambda some: mean(some, group), group) for group in groups}
     second = [(concept, counts) for concept, counts in cells if concept in halves[1]]
     for name, h in (("H_o", h_o), ("H near", h_near)):
         line |= {name: interval(cells, h), f"{name}, second half": interval(second, h)}
-        if row and row != REFERENCE and {c for c, _ in cells} == {c for c, _ in reference}:
-            line[f"{name} − RealEra's"] = interval(cells, h, less=reference)
+        if row not in (None, to) and {c for c, _ in cells} == {c for c, _ in reference}:
+            line[f"{name} − {to}"] = interval(cells, h, less=reference)
     numbers = {name: [counts[name] for _, counts in cells if name in counts]
                for name in ("drift", "seconds", "peak GiB", "MB")}
     return line | {name: round(statistics.mean(some), 3) for name, some in numbers.items() if some}
@@ -278,6 +260,8 @@ def main() -> None:
     parser = program(__doc__)
     parser.add_argument("--row", nargs="+", choices=ROWS, default=MINING,
                         help="methods (default: the closed forms, from \"closed form\" to UCE)")
+    parser.add_argument("--reference", choices=ROWS, default="RealEra, expected",
+                        help="the row to compare with (default \"RealEra, expected\")")
     parser.add_argument("--concept", nargs="+", type=str.lower, help="classes, two or more (default: all)")
     parser.add_argument("--choose-n", type=int, default=4, help="pictures per prompt of a try (default 4)")
     parser.add_argument("--choose-steps", type=int, default=12, help="sampling steps of a try (default 12)")
@@ -306,12 +290,16 @@ def main() -> None:
     found = measure(cells, "reported", range(args.seed, args.seed + args.n), args, args.steps)
     of_row = {row: alike([(concept, counts) for (concept, what), counts in zip(cells, found)
                           if (what and what[0]) == row and counts]) for row in (None, *args.row)}
-    table = [summary(row, some, best.get(row, []), halves, of_row.get(REFERENCE, []))
+    table = [summary(row, some, best.get(row, []), halves, args.reference, of_row.get(args.reference, []))
              for row, some in of_row.items() if some]
     if RANK == 0:
         flat = [dict(zip(("class", "row", "strength", "seed of the edit"),
                          (concept, *(what or ("untouched", "–", 0)))))
-                | {group: f"{x[0]} of {x[1]}" if isinstance(x, list) else x for group, x in counts.items()}
+                | {group: f"{x[0]} of {x[1]}" if isinstance(x, list) else x
+                   for group, x in counts.items() if group != "of all"}
+                | {f"{group}, of all": x for group, x in counts.get("of all", {}).items()}
+                | {"command": what and method_recipe(concept, what, 0, args.dtype).command(),
+                   "commit": commit()}
                 for (concept, what), counts in zip(cells, found)]
         write_tables(args.out, f"cells{name}", flat)
         write_tables(args.out, f"frontier{name}", table)

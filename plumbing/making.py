@@ -1,7 +1,9 @@
 """Edits for the experiments: what method, of what, with which flags; each made once and kept."""
+import functools
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -29,6 +31,11 @@ class Recipe:
                        for path in (ROOT / self.method, CHOSEN[0]))
         return [self.method, code, words, self.concept, self.flags, self.start and self.start.text()]
 
+    def command(self) -> str:
+        """As a user types it."""
+        start = self.start and f" # after: {self.start.command()}"
+        return shlex.join(["python", self.method, "--concept", self.concept, *self.flags]) + (start or "")
+
     def folder(self, out: Path, base: str) -> Path:
         """Where it lies: named by a hash of all that it depends on. base: the model's hash."""
         text = json.dumps([self.text(), base])
@@ -37,6 +44,16 @@ class Recipe:
 
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def commit() -> str:
+    """This repository's, with -dirty if files have changed since; "" where git or its folder is missing."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], check=True,
+                              capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def recipe(method: str, concept: str, settings: list[str] = (), seed: int = 0, dtype: str = "float32",

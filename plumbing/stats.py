@@ -51,7 +51,7 @@ def as_markdown(rows: list[dict]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, ["---"] * len(names), *([cell(row.get(name, "–")) for name in names] for row in rows)]
     note = "\nten-way: no “none of them” among the choices, so plain sky counts as an airplane.\n"
-    note *= any(row.get("counted") == "ten-way" for row in rows)
+    note *= any("ten-way" in row.get("counted", "") for row in rows)
     return "".join("| " + " | ".join(line) + " |\n" for line in lines) + note
 
 

@@ -34,7 +34,7 @@ def batch(model):
 def test_the_loss_is_the_masked_mean_of_squares_and_as_coded_four_times_that(model, batch, as_published):
     W, z, t, c, c_star, mask = batch
     with torch.no_grad():
-        far = predict(model.unet, z, t, c, W) - predict(model.unet, z, t, c_star, W if as_published else {})
+        far = predict(model.unet, z, t, c, W) - predict(model.unet, z, t, c_star, W)
         means = [far[b][:, mask[b, 0] == 1].square().mean().item() for b in range(2)]
         found = ac_loss(model.unet, W, z, t, c, c_star, mask, as_published).item()
     assert found == pytest.approx((4 if as_published else 1) * sum(means) / 2, rel=1e-4)

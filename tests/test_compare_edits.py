@@ -138,7 +138,7 @@ def test_compared_edits_share_a_table_and_nothing_is_drawn_twice(here, work, mon
     assert sorted(path.name for path in out.parent.iterdir()) == ["dog", "dog+dog-uce"]
     rows, alone = (json.loads((path / "metrics.json").read_text()) for path in (out, out.parent / "dog"))
     assert [(row["counted"], row["variant"]) for row in rows] == [
-        (how, variant) for how in ("top-1", "probability", "ten-way")
+        (how, variant) for how in ("top-1", "probability", "ten-way", "ten-way probability")
         for variant in ("untouched", "dog", "dog-uce")]
     assert [row for row in rows if row["variant"] != "dog-uce"] == alone
     for row in rows:

@@ -207,7 +207,7 @@ def test_outcomes_are_1_where_the_picture_looks_like_what_is_wanted(clip):
         for wanted, prompt, seed in rows:
             found[prompt, seed] = text[wanted if seed % 2 == 0 else "dog" if wanted != "dog" else "ship"]
     counted = outcomes(clip, "cat", found, range(4, 7))
-    assert list(counted) == ["top-1", "probability", "ten-way"]
+    assert list(counted) == ["top-1", "probability", "ten-way", "ten-way probability"]
     for how in ("top-1", "ten-way"):
         for group, prompts in {"e": 1, "s": 9, "g": 3, "a": 4}.items():
             assert counted[how][group].tolist() == [1, 0, 1] * prompts
@@ -216,6 +216,8 @@ def test_outcomes_are_1_where_the_picture_looks_like_what_is_wanted(clip):
         logits = clip.logit_scale.exp() * torch.stack(list(scenes.values())) @ text[said]
         expected = logits.double().softmax(0)[CLASSES.index("cat")].item()
         assert counted["probability"]["e"][seed - 4].item() == pytest.approx(expected, abs=1e-4)
+        expected = logits[:len(CLASSES)].double().softmax(0)[CLASSES.index("cat")].item()
+        assert counted["ten-way probability"]["e"][seed - 4].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_picture_of_a_scene_is_nothing_by_top_1_but_something_by_ten_way(clip):
@@ -266,7 +268,7 @@ def test_a_row_of_table_1_for_the_untouched_and_the_edited_model(evaluated):
                                                      "metrics.json", "metrics.md", "results"]
     rows = json.loads((out / "metrics.json").read_text())
     assert [(row["variant"], row["counted"]) for row in rows] == [
-        (variant, how) for how in ("top-1", "probability", "ten-way")
+        (variant, how) for how in ("top-1", "probability", "ten-way", "ten-way probability")
         for variant in ("untouched", "airplane")]
     for row in rows:
         assert list(row) == ["erased", "variant", "counted", "Acc_e", "Acc_s", "Acc_g", "Acc_a", "H_o",
@@ -275,7 +277,7 @@ def test_a_row_of_table_1_for_the_untouched_and_the_edited_model(evaluated):
         for name in list(row)[3:-1]:
             value, low, high = row[name]
             assert 0 <= low <= value <= high <= 100, (row, name)
-        groups = row_prompts("airplane", "object", range(2)) if row["counted"] != "probability" else {}
+        groups = row_prompts("airplane", "object", range(2)) if "probability" not in row["counted"] else {}
         for group, asked in groups.items():
             right = row[f"Acc_{group}"][0] * len(asked) / 100
             assert abs(right - round(right)) < 0.01
@@ -295,7 +297,7 @@ def test_metrics_follow_from_the_features_that_are_kept(evaluated, clip):
         results = Results(out / "results", read_json(folder / "settings0.json"), clip.config.projection_dim)
         assert results.folder == folder
         recomputed += [summary([x]) for x in outcomes(clip, "airplane", results.found, range(2)).values()]
-    assert len(recomputed) == 6
+    assert len(recomputed) == 8
     for row in rows:
         assert {name: row[name] for name in list(row)[3:-1]} in recomputed
 

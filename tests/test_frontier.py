@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments import frontier
+from experiments.rows import CLOSED
 from helpers import MINI, random
 from plumbing import making
 from plumbing.book import meanings, sights, use_book
@@ -113,7 +114,8 @@ def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatc
     monkeypatch.setattr(frontier, "ROWS", {row: ("realera.py", [], ["reach=1", "reach=2"]) for row in "ab"})
     monkeypatch.setattr(frontier, "RANDOM", {"b"})
     monkeypatch.setattr(frontier, "measuring_args", lambda parser: argparse.Namespace(
-        row=["a", "b"], concept=None, choose_n=3, choose_steps=2, steps=9, n=2, seed=5, out=small / "o"))
+        row=["a", "b"], concept=None, choose_n=3, choose_steps=2, steps=9, n=2, seed=5,
+        out=small / "o", dtype="float32", reference="b"))
     (small / "o").mkdir()
     frontier.main()
     (tries, words, seeds), (cells, reported, others) = asked
@@ -126,6 +128,7 @@ def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatc
     table = json.loads((small / "o/frontier-a+b.json").read_text())
     assert [row["row"] for row in table] == ["untouched", "a", "b"]
     assert table[1]["MB"] == 2 and "seconds" not in table[1]
+    assert "H_o − b" in table[1] and "H_o − b" not in table[2]
     assert table[1]["synonyms"][0] == pytest.approx(60) and table[1]["strength"] == "reach=1; reach=2"
     # 3 / (1/0.9 + 1/0.9 + 1/0.4), and with near things and phrases
     assert table[1]["H_o"][0] == pytest.approx(100 * 3 / (1 / .9 + 1 / .9 + 1 / .4), abs=0.01)
@@ -133,11 +136,13 @@ def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatc
 
 
 @pytest.mark.parametrize("row", frontier.ROWS)
-def test_every_row_has_six_strengths_that_its_method_takes(row):
+def test_every_row_has_six_strengths_or_one_that_its_method_takes(row):
     file, settings, strengths = frontier.ROWS[row]
     module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
     made = {parse_settings(module.Settings, [*settings, *strength.split()]) for strength in strengths}
-    assert len(made) == len(strengths) == 6
+    assert len(made) == len(strengths) == (1 if row.endswith((", authors'", ", default")) else 6)
+    plain = made == {module.Settings()} or row == "ESD-u, authors'"
+    assert plain or len(strengths) == 6
 
 
 def test_intervals_draw_classes_and_say_something_at_nothing():
@@ -163,9 +168,22 @@ def test_intervals_draw_classes_and_say_something_at_nothing():
     assert frontier.interval(better, near, less=worse) == pytest.approx([100 / 11] * 3, abs=0.01)
 
 
+def test_pictures_are_drawn_again_where_no_formula_gives_an_interval():
+    """One class, so that nothing but its pictures varies: Wilson's interval, nearly."""
+    def near(some):
+        return frontier.mean(some, "near")
+    value, low, high = frontier.interval([("cat", {"near": [120, 400], "drift": 0.1})], near)
+    expected = [100 * x for x in wilson(0.3, 400)]
+    assert value == 30 and [low, high] == pytest.approx(expected, abs=0.6)
+    # two edits of a class, each with half of the weight, are as many pictures
+    halves = frontier.alike([("cat", {"near": [60, 200]}), ("cat", {"near": [60, 200]})])
+    value, low, high = frontier.interval(halves, near)
+    assert value == 30 and [low, high] == pytest.approx([100 * x for x in wilson(0.3, 200)], abs=3)
+
+
 def test_a_strength_whose_edit_fails_is_never_the_best(here, small, monkeypatch, capsys):
     monkeypatch.setattr(making.subprocess, "run", finished)
-    monkeypatch.setattr(frontier, "ROWS", {"reach": ("realera.py", frontier.CLOSED,
+    monkeypatch.setattr(frontier, "ROWS", {"reach": ("realera.py", CLOSED,
                                                      ["lambda2=-1", "reach=2"])})
     here("experiments/frontier.py", "--row", "reach", "--concept", "cat", "dog", *SMALL, cwd=small)
     assert "warning: erasing cat failed" in capsys.readouterr().err
@@ -175,7 +193,7 @@ def test_a_strength_whose_edit_fails_is_never_the_best(here, small, monkeypatch,
 
 def test_the_command_draws_a_table_and_a_curve_and_goes_on(here, small, monkeypatch, capsys):
     monkeypatch.setattr(making.subprocess, "run", finished)
-    rows = {"reach": ("realera.py", frontier.CLOSED, ["reach=1.25", "reach=4"]),
+    rows = {"reach": ("realera.py", CLOSED, ["reach=1.25", "reach=4"]),
             "UCE": ("baselines/uce.py", [], ["lamb=0.1"])}
     monkeypatch.setattr(frontier, "ROWS", rows)
     command = ["experiments/frontier.py", "--row", "reach", "UCE", "--concept", "cat", "dog", *SMALL]
@@ -189,6 +207,10 @@ def test_the_command_draws_a_table_and_a_curve_and_goes_on(here, small, monkeypa
     assert {(cell["class"], cell["row"]) for cell in tables[2]} == {
         (concept, row) for concept in ("cat", "dog") for row in ("untouched", "reach", "UCE")}
     assert tables[2][-1]["class"] == "dog" and tables[2][-1]["synonyms"].endswith(" of 1")
+    cell = next(cell for cell in tables[2] if cell["row"] == "UCE" and cell["class"] == "cat")
+    assert cell["command"].startswith("python baselines/uce.py --concept cat --set lamb=0.1 --seed ")
+    assert cell["other classes, of all"].endswith(" of 2") and "concept, of all" not in cell
+    assert 0 <= tables[1][1]["concept, ten-way"][0] <= 100
     assert "seconds" not in tables[1][0] and all(row["seconds"] > 0 < row["drift"] for row in tables[1][1:])
     assert "peak GiB" not in tables[1][0] and all(row.get("peak GiB", 1) > 0.1 for row in tables[1][1:])
     file = next((small / "o/edits").iterdir()) / "erased.safetensors"                # of as many bytes as any

@@ -58,7 +58,7 @@ def test_one_two_and_three_processes_write_the_same_bytes(here, narrow, tmp_path
         assert sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).glob("results/*/*.jsonl")) == files
     rows = json.loads((tmp_path / "1/table3.json").read_text())
     assert [(row["counted"], row["variant"]) for row in rows] == [
-        (how, variant) for how in ("top-1", "ten-way", "probability") for variant in (
+        (how, variant) for how in ("top-1", "probability", "ten-way", "ten-way probability") for variant in (
             "untouched", "1 closed form", "2 + noise alignment", "3 + neighbor mining", "4 + beyond-concept")]
     assert all((row["drift"] > 0) == (row["variant"] != "untouched") for row in rows)
     assert rows[1] == rows[2] | {"variant": "1 closed form"}
@@ -167,7 +167,7 @@ SMALL = ["--n", 1, "--steps", 1, "--device", "cpu", "--out", "o"]
 
 
 @pytest.mark.parametrize("number, concept, methods, ways, printed", [
-    ("A3", "Tom Cruise", ["UCE", "SLD-M"], ["top-1", "ten-way", "probability"],
+    ("A3", "Tom Cruise", ["UCE", "SLD-M"], ["top-1", "probability", "ten-way", "ten-way probability"],
      "| tom cruise | MACE | 6.03 | 96.97 | 5.11 | 95.26 |"),
     ("A4", "van gogh", ["RECE"], ["CLIP score"], "| van gogh | MACE | 24.29 | 28.56 | 24.83 | 48.76 |")],
     ids=["A3", "A4"])

@@ -77,6 +77,18 @@ def test_what_goes_and_what_comes_next_are_the_nearest_words_and_no_named_one(vo
     assert goes[order[2]] == pytest.approx(found[order[2]], abs=1e-3)
 
 
+def test_also_goes_with_each_of_several_concepts_of_different_length(vocabulary, cat, text):
+    engine = make_pairs("fire engine", "street", "object", text, "tail", 0)[0]
+    also, stay = [text("a photo of the tabby")[0].double()[5:]], text("")[0].double()
+    assert engine.n < cat.n == len(also[0])
+    s = Settings(threshold=0.8, contrast=5)
+    both, _ = erase_with_words([cat, engine], vocabulary, stay, s, also)
+    assert both.isfinite().all()
+    whole, cut = (erase_with_words([engine], vocabulary, stay, s, [x])[0]
+                  for x in (also[0], also[0][:engine.n]))
+    assert torch.equal(whole, cut)
+
+
 def test_the_solve_equals_one_with_every_row_written_out_without_the_words_taken_out(vocabulary, cat, text):
     also, named, stay = [text("a photo of the tabby")[0].double()[5:]], {"dog", "tabby"}, text("")[0].double()
     s = Settings(threshold=0.8, contrast=5, mu=0.4, lambda1=3.0, reach=2.0)
