@@ -53,6 +53,7 @@ class Settings:
     real_prompts: bool = True   # P holds real prompts too: the bare template and nouns; "" in any case
     rows: str = "tail"          # tail: the last concept token and all after it; token: that token alone
     reach: float = 1.0          # e ↦ e + reach (e* − e) in Eq. 7: not in the paper, a rival to mining
+    lid: float = 0.0            # weight of 2e* − e ↦ e* in Eq. 7: against the mirror attack (docs/mining.md)
     share: bool = False         # True: neighbors weigh 1/M and beyond-concepts 1/N each; Eq. 7 has 1 each
     rank: int = 4               # of the LoRA
     lora_steps: int = 200       # "epochs" in section 5
@@ -63,8 +64,8 @@ class Settings:
     def __post_init__(self):
         for right, rule in ((-1 <= self.S2 < self.S1 <= 1, f"cosines S2 < S1, not {self.S2} and {self.S1}"),
                             (0 < self.D1 < self.D2, f"0 < D1 < D2, not {self.D1} and {self.D2}"),
-                            (min(self.D1_anchor, self.M, self.N, self.lambda1, self.lambda2) >= 0,
-                             "D1_anchor, M, N, lambda1 and lambda2 at least 0"),
+                            (min(self.D1_anchor, self.M, self.N, self.lambda1, self.lambda2, self.lid) >= 0,
+                             "D1_anchor, M, N, lambda1, lambda2 and lid at least 0"),
                             (self.lora_steps >= 0 and self.lr > 0, "lora_steps at least 0 and lr above 0"),
                             (self.rank > 0 and self.batch > 0 and self.trajectories > 1,
                              "rank and batch at least 1, trajectories at least 2"),
@@ -195,7 +196,8 @@ def noise_alignment_loss(eps: Callable, z: Tensor, t: Tensor, target: Tensor, c:
 
 def mine(pair: Pair, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1, lines 1–23, for one concept: its rows of E, E* and P, each [rows, D]."""
-    e, e_star = pair.block(), pair.block() + s.reach * (pair.block_star() - pair.block())
+    e, anchor = pair.block(), pair.block_star()
+    e_star = e + s.reach * (anchor - e)
     if s.mining == "expected":
         near, near_star, far = expected_concepts(e, e_star, s)
     else:
@@ -204,7 +206,10 @@ def mine(pair: Pair, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
         far = beyond_concepts(e, s, generator).flatten(0, 1)
     # A row times √x counts x times in Eq. 7; if they share, x is 1/M and 1/N.
     w, u = (max(s.M, 1) ** -0.5, max(s.N, 1) ** -0.5) if s.share else (1, 1)
-    return torch.cat([e, w * near]), torch.cat([e_star, w * near_star]), u * far
+    E, E_star = [e, w * near], [e_star, w * near_star]
+    if s.lid:
+        E, E_star = [*E, s.lid ** 0.5 * (2 * anchor - e)], [*E_star, s.lid ** 0.5 * anchor]
+    return torch.cat(E), torch.cat(E_star), u * far
 
 
 def erase_in_closed_form(pairs: list[Pair], stay: Tensor, s: Settings) -> tuple[Tensor, float]:

@@ -28,7 +28,8 @@ from plumbing.disk import read_json
 from plumbing.edits import cross_attention, read_edit
 from plumbing.prompts import preserved_prompts
 from realera import (Settings, Trajectories, align_noise, as_teacher, beyond_concepts, closed_form,
-                     erase_in_closed_form, neighbor_concepts, noise_alignment_loss, radius_at, towards_noise)
+                     erase_in_closed_form, mine, neighbor_concepts, noise_alignment_loss, radius_at,
+                     towards_noise)
 from sample import Model, Text
 from starts import run
 from unet import UNet
@@ -256,6 +257,24 @@ def test_no_op_edit_gives_exactly_the_original():
     W0 = {"a": torch.randn(5, 8)}
     assert torch.equal(delta, torch.zeros(8, 8, dtype=torch.float64))
     assert torch.equal(edited(W0, delta)["a"], W0["a"])
+
+
+def test_a_lid_closes_the_hole_at_one_and_opens_it_at_three_and_moves_the_anchor():
+    """docs/mining.md: with reach s and the lid, e* goes (s − 1)/2 of the way, and e comes back from
+    e* + m (e* − e) at m = 1 + 2/(s − 1), no longer at 1/(s − 1)."""
+    p, s = pair(D=64, n=3), 2.5
+    e, anchor = p.block(), p.block_star()
+    for lid, m in ((0.0, 1 / (s - 1)), (1.0, 1 + 2 / (s - 1))):
+        one = Settings(M=0, N=0, reach=s, lid=lid)
+        stay = anchor[:0] if lid else anchor                      # without a lid: the anchor stays
+        E, E_star, _ = mine(p, one)
+        delta, _ = closed_form([(E, E_star, stay)], 1.0, 1e-10)
+        moved = anchor @ delta.T
+        assert torch.allclose(moved, lid * (s - 1) / 2 * (anchor - e), atol=1e-5)
+        hole = anchor + m * (anchor - e)
+        assert torch.allclose(hole + hole @ delta.T, e, atol=1e-5)
+    mirrored = 2 * anchor - e
+    assert torch.allclose(mirrored + mirrored @ delta.T, anchor, atol=1e-5)
 
 
 def test_large_ridge_gives_the_original():
