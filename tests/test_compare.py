@@ -10,6 +10,7 @@ from experiments import compare
 from helpers import MINI
 from plumbing import making
 from plumbing.edits import about_edit, base_hash, cross_attention, read_edit
+from plumbing.stats import write_tables
 from plumbing.svg import page
 
 
@@ -66,3 +67,23 @@ def test_an_attack_without_candidates_has_no_column(here, narrow, tmp_path, monk
     assert "plain" in row and "emoji" not in row                  # mini has none
     kept = tmp_path / "out/tables/pictures/closed-form/cat"
     assert len([*kept.glob("*.png")]) == 1 + 9 + 3 + 4            # concept, others, synonyms, phrases
+
+
+def test_the_rows_of_a_frontier_are_attacked_at_the_strengths_chosen_there(here, refused, narrow, tmp_path,
+                                                                           monkeypatch):
+    cells = [{"class": "cat", "row": row, "strength": strength, "seed of the edit": 0}
+             for row, strength in (("untouched", "–"), ("reach", "reach=2"), ("Surgery", "beta=-0.03"))]
+    cells += [cells[1] | {"seed of the edit": 1, "strength": "reach=4"}, cells[1] | {"class": "ship"}]
+    write_tables(tmp_path, "cells", cells)                        # as frontier.py does
+    monkeypatch.setattr(making.subprocess, "run", starts.finished)
+    command = ["experiments/compare.py", "--cells", "cells.csv", "--n", 1, "--choose", 1, "--model", narrow]
+    here(*command, "--attack", "phrases", "embedding", "--concept", "cat", cwd=tmp_path)
+    reach, surgery = json.loads((tmp_path / "robustness.json").read_text())
+    assert (reach["method"], surgery["method"]) == ("reach", "Surgery")
+    assert "embedding" in reach and "embedding" not in surgery and "phrases" in surgery
+    about = [about_edit(folder) for folder in (tmp_path / "edits").iterdir()]
+    assert sorted(one["settings"].get("reach", one["settings"].get("beta")) for one in about) == [-0.03, 2]
+    refused(*command, "--concept", "cat", "ship", cwd=tmp_path, match="no Surgery of ship")
+    refused(*command, "--concept", "dog", cwd=tmp_path, match="no row of dog")
+    (tmp_path / "other.csv").write_text("row,class\nreach,cat\n")
+    refused(*command, "--cells", "other.csv", cwd=tmp_path, match="not the cells.csv that")
