@@ -33,7 +33,8 @@ from plumbing.training import descend
 from plumbing.weights import put_weights
 
 
-WORDS = {"tolerance": ("own", "same"), "mining": ("sampled", "expected"), "rows": ("tail", "token")}
+WORDS = {"tolerance": ("own", "same"), "mining": ("sampled", "expected"), "rows": ("tail", "token"),
+         "aim": ("anchor", "closed")}
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Settings:
     share: bool = False         # True: neighbors weigh 1/M and beyond-concepts 1/N each; Eq. 7 has 1 each
     rank: int = 4               # of the LoRA
     lora_steps: int = 200       # "epochs" in section 5
+    aim: str = "anchor"         # of the alignment; closed: not e* but where the closed form sends e (ours)
     lr: float = 1e-5            # section 5; 5e-4 leads the synonyms back: docs/results.md
     batch: int = 8              # latents per LoRA step
     trajectories: int = 8       # pictures of the anchor whose latents are learned from; a quarter is held out
@@ -300,8 +302,9 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     if not s.lora_steps or job.preview:
         return W
     unet = job.model.unet
-    ways = [Trajectories(*job.model.trajectories(p.e_star, stay[0], p.seed, s.trajectories))
-            for p in job.pairs]
+    aims = [p.e_star if s.aim == "anchor" else p.e + p.e @ delta.T for p in job.pairs]
+    ways = [Trajectories(*job.model.trajectories(aim, stay[0], p.seed, s.trajectories))
+            for aim, p in zip(aims, job.pairs)]
     job.clock("trajectories")
     add_lora(unet, s.rank, seed=job.seed)
     put_weights(unet, W)

@@ -2,8 +2,9 @@
 
     python experiments/frontier.py --row "closed form" "RealEra, expected" "ESD-x, authors'"
 
-"NAME, authors'" has its authors' own settings, in SD's units, and nothing to choose; "NAME, corrected" is
-NAME without the oddities of its authors' code (as_published=false): what they do to the figures.
+“noise alignment” sweeps its learning rate and steps, beside none, with the paper's target and with where the
+closed form sends the concept. "NAME, authors'" has its authors' own settings, in SD's units, and nothing to
+choose; "NAME, corrected" is NAME without the oddities of its authors' code (as_published=false).
 """
 CLOSED = ["M=0", "N=0", "lora_steps=0"]
 UCE = [f"lamb={x}" for x in (30000, 10000, 3000, 1000, 100, 0.5)]           # the last is the authors'
@@ -46,6 +47,10 @@ ROWS |= {
             ["preset=weak warmup=4", "preset=medium warmup=2", "preset=strong warmup=2",
              "preset=strong warmup=0", "preset=max", "preset=max scale=20000"]),
     "Surgery": ("baselines/surgery.py", [], [f"beta={x}" for x in (-0.24, -0.12, -0.06, -0.03, 0, 0.03)])}
+RATES = [f"lora_steps={n} lr={lr}" for n in (200, 1000) for lr in (1e-5, 5e-5, 1e-4, 5e-4)]
+EXPECTED = ["mining=expected", "tolerance=same", "lambda1=1.5"]
+ROWS |= {f"noise alignment, {aim}": ("realera.py", [*EXPECTED, f"aim={aim}"], ["lora_steps=0", *RATES])
+         for aim in ("anchor", "closed")}
 ROWS |= {f"{name}, corrected": (file, [*settings, "as_published=false"], strengths)
          for name, (file, settings, strengths) in ROWS.items()
          if name in ("ESD-x", "ESD-u", "AC", "FMN", "SA", "SPM", "MACE", "SPEED")}
@@ -57,7 +62,8 @@ ROWS["RealEra, default"] = "realera.py", [], [""]                 # ours, noise 
 # Of a row, or of all rows with the name before the comma. Anchors: their authors'; of others the book's.
 ANCHOR = dict.fromkeys(["SPM", "Surgery", "UCE, authors'", "SPEED, authors'", "RECE, authors'"], "")
 RANDOM = {"RealEra, as printed", "SPEED"}                         # four seeds of the edit
-TRAINED = {"MACE", "ESD-x", "ESD-u", "AC", "FMN", "SA", "SPM", "RealEra, default"}   # three, on three classes
+TRAINED = {"MACE", "ESD-x", "ESD-u", "AC", "FMN", "SA", "SPM", "RealEra, default",
+           "noise alignment"}                                     # three, on three classes
 
 
 def names_of(row: str) -> set[str]:

@@ -140,9 +140,9 @@ def test_every_row_has_six_strengths_or_one_that_its_method_takes(row):
     file, settings, strengths = frontier.ROWS[row]
     module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
     made = {parse_settings(module.Settings, [*settings, *strength.split()]) for strength in strengths}
-    assert len(made) == len(strengths) == (1 if row.endswith((", authors'", ", default")) else 6)
-    plain = made == {module.Settings()} or row == "ESD-u, authors'"
-    assert plain or len(strengths) == 6
+    one, sweep = row.endswith((", authors'", ", default")), row.startswith("noise alignment")
+    assert len(made) == len(strengths) == (1 if one else 9 if sweep else 6)
+    assert not one or made == {module.Settings()} or row == "ESD-u, authors'"
 
 
 def test_intervals_draw_classes_and_say_something_at_nothing():

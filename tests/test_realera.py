@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import realera
-from erasing import drifts, edited, make_pairs
+from erasing import drifts, edited, erase_with, make_pairs
 from helpers import AIRPLANE, CLASSES, MINI, QUICK, ROOT, SHIP, SIZE, pair, rng, same_pictures
 from lora import add_lora, lora_layers
 from plumbing import UserError
@@ -681,6 +681,17 @@ def test_erasing_writes_the_edit_and_reports(edit):
         about = json.loads(file.metadata()["edit"])
     assert about["concepts"] == ["airplane"] and about["anchors"] == ["sky"] and about["method"] == "RealEra"
     assert about["settings"]["lora_steps"] == 2 and len(about["base_hash"]) == 64
+
+
+def test_where_the_closed_form_sends_the_concept_eq_8_has_nothing_to_learn(narrow):
+    """The edited matrices on e are the original ones on (I + Δ) e: aimed there, Eq. 8 is 0 from the start."""
+    model, losses = Model(narrow), {}
+    for aim in ("anchor", "closed"):
+        _, report = erase_with(realera, model, "airplane", "sky", aim=aim, lora_steps=1, trajectories=2,
+                               batch=1)
+        losses[aim] = report["losses"]
+    assert losses["closed"]["Eq. 8"][0] < 1e-6 * losses["anchor"]["Eq. 8"][0]
+    assert losses["closed"]["Eq. 9"][0] > 1e-3 * losses["anchor"]["Eq. 9"][0]   # neighbors are not there
 
 
 def test_the_edit_is_closed_form_plus_lora_in_the_dtype_of_the_file(edit):
