@@ -27,7 +27,7 @@ def peak_memory() -> float | None:
     if torch.cuda.is_available() and (most := torch.cuda.max_memory_allocated()):
         return most / 2 ** 30
     status = Path("/proc/self/status")                            # Linux; getrusage counts the parent, too
-    lines = status.read_text().splitlines() if status.exists() else []
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return next((int(line.split()[1]) / 2 ** 20 for line in lines if line.startswith("VmHWM")), None)
 
 
