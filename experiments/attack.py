@@ -117,12 +117,12 @@ def vector(target: Target) -> dict[str, Tensor]:
 
 def mirror(target: Target) -> dict[str, Tensor]:
     """Beyond the anchor, away from the concept: e* + m (e* − e). An edit that sends e s times the way to e*,
-    s > 1, and leaves e* alone, sends these rows to e where m = 1/(s − 1), see docs/mining.md: that candidate
-    takes the weights, the others the text encoder and the anchor's name."""
+    s > 1, and leaves e* alone, sends these rows to e where m = 1/(s − 1); with a lid, at m = 1 + 2/(s − 1)
+    (docs/mining.md). These two candidates take the weights, the others text encoder and anchor's name."""
     pair = make_pairs(target.concept, target.anchor, target.task, target.model.text, "tail", 0)[0]
     s = share(text_change(keys_values(target.W0), target.W), pair, pair.block())
     found, edited = {}, slice(pair.start_star, pair.start_star + pair.n)
-    for m in [1, 2, 3, 5] + [1 / (s - 1)] * (s > 1.05):
+    for m in [1, 2, 3, 5] + ([1 / (s - 1), 1 + 2 / (s - 1)] if s > 1.05 else []):
         rows = pair.e_star.clone()
         rows[edited] += m * (pair.block_star() - pair.block())
         found[f"{m:.3g} times beyond {pair.anchor or 'nothing'}"] = rows.float()

@@ -246,7 +246,7 @@ class Rows:
 
         adam, adam_peer = (torch.optim.Adam([p for p in network.parameters() if p.requires_grad], s.lr)
                            for network in (unet, peer))
-        return (partial(step, unet, lambda: realera.original(unet, W0), adam),
+        return (partial(step, unet, lambda: realera.as_teacher(unet, W0), adam),
                 partial(step, lambda *inputs: peer(*inputs).sample, adapters_off, adam_peer))
 
     def erasure(self, method: str, *closed_form: str):

@@ -5,7 +5,8 @@
     python experiments/compare.py --n 8 --steps 12 --cells out/frontier/cells.csv --concept airplane cat ship
 
 With --cells the methods are the rows of frontier.py, each at the strength that was chosen for it there. A
-method that acts while a picture is drawn has no weights to attack: phrases, emoji and vector alone.
+method that acts while a picture is drawn cannot be attacked by its weights alone: it has phrases, emoji and
+vector. The figure's “strongest” is the strongest of those attacks that all rows have.
 
 Writes robustness.json, .csv, .md (averages over the classes, with 95 % intervals) and robustness.svg: what
 the strongest attack gets back against what else is lost. Edits and features are shared with `tables.py --out`
@@ -52,7 +53,7 @@ def read_cells(path: Path) -> list[dict[str, str]]:
         cells = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     except UnicodeDecodeError:
         cells = []
-    if not cells or not {"row", "class", "strength", "seed of the edit"} <= cells[0].keys():
+    if not cells or not {"row", "class", "strength", "seed of the edit", "concept"} <= cells[0].keys():
         raise UserError(f"--cells {path} is not the cells.csv that frontier.py writes")
     return cells
 
@@ -64,7 +65,8 @@ def recipes_of(args) -> dict[tuple[str, str], Recipe]:
     found = {(cell["row"], cell["class"]): method_recipe(cell["class"], (cell["row"], cell["strength"], 0), 0,
                                                          args.dtype)
              for cell in read_cells(args.cells)
-             if cell["row"] in ROWS and cell["class"] in args.concept and cell["seed of the edit"] == "0"}
+             if cell["row"] in ROWS and cell["class"] in args.concept and cell["seed of the edit"] == "0"
+             and cell["concept"]}                                 # empty: that edit failed
     for row in dict.fromkeys(row for row, _ in found):
         if missing := [concept for concept in args.concept if (row, concept) not in found]:
             raise UserError(f"{args.cells} has no {row} of {', '.join(missing)}: give other classes")
@@ -75,7 +77,8 @@ def recipes_of(args) -> dict[tuple[str, str], Recipe]:
 
 def plot(rows: list[dict], names: list[str]) -> svg.Drawing:
     """To the right, other classes lost; upwards, what the strongest of the attacks gets back."""
-    best = {row["method"]: max(row[name][0] for name in ("plain", *names) if name in row) for row in rows}
+    names = [name for name in ("plain", *names) if all(name in row for row in rows)]
+    best = {row["method"]: max(row[name][0] for name in names) for row in rows}
     points = {row["method"]: [(100 - row["Acc_s"][0], best[row["method"]])] for row in rows}
     return svg.scatter(points, "other classes lost, 100 − Acc_s (%)", "strongest attack's success (%)")
 

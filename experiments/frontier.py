@@ -3,14 +3,14 @@
     python experiments/frontier.py --book mini/next/captions.json --model … --n 10 --steps 12
     python experiments/frontier.py --row "closed form" vocabulary --concept cat dog --n 4 --steps 12
 
-Each row of the table is a method with six strengths. First all six are tried on the *choosing* synonyms and
-phrases of the book (`--choose-n` pictures each of 12 steps), and the best is taken: by the mean of two
-harmonic means, of what the paper measures (concept, other classes, synonyms) and of what is harder (concept,
-near things, phrases). Then it is drawn on the reported words: on one half of the classes with the strength
-that was best on the other half, and the other way round. So no strength is reported on a class that it was
-chosen on, nor on the same synonyms and phrases. The first half are the five classes on whose choosing words
-the vocabulary's other settings were set, by text alone (docs/mining.md): “H_o, second half” and “H near,
-second half” are of the five that nothing was set on.
+Each row of the table is a method with its strengths, mostly six (rows.py). First all are tried on the
+*choosing* synonyms and phrases of the book (`--choose-n` pictures each of 12 steps), and the best is taken:
+by the mean of two harmonic means, of what the paper measures (concept, other classes, synonyms) and of what
+is harder (concept, near things, phrases). Then it is drawn on the reported words: on one half of the classes
+with the strength that was best on the other half, and the other way round. So no strength is reported on a
+class that it was chosen on, nor on the same synonyms and phrases. The first half are the five classes on
+whose choosing words the vocabulary's other settings were set, by text alone (docs/mining.md): “H_o, second
+half” and “H near, second half” are of the five that nothing was set on.
 
 Where something must go (concept, synonyms, phrases, vanish) a number is the share of pictures in which CLIP
 still sees the class. Where it must stay, it is a share of the pictures that the *untouched* model draws right
@@ -20,9 +20,9 @@ model itself it is a share of all.) `strange` counts pictures that look like non
 black ones, noise. Random rows have four seeds of the edit, trained ones three on three classes. Intervals
 are the wider of two: classes and their edits drawn again, and Wilson's over pictures; of H_o and H near, of
 classes, edits and pictures drawn again. “H_o − ROW” is the difference to that row (--reference), class by
-class. “Ten-way” is the paper's number: the mean probability of the name among the classes alone. Seconds are
-those of the erasure, loading the text encoder included; GiB the most memory that its process held; MB the
-size of the file of its weights.
+class. “Ten-way probability” is the paper's number, of all pictures: the mean probability of the name among
+the classes alone. Seconds are those of the erasure, loading the text encoder included; GiB the most memory
+that its process held, on a GPU the GPU's; MB the size of the file of its weights.
 
 tries.json has all tries, cells.json every class by itself, frontier.svg a curve per row, of the tries. Ten
 classes and the default rows are some 100,000 pictures, ten hours on two cores; a killed run goes on. Of the
@@ -36,6 +36,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
@@ -50,12 +51,13 @@ from plumbing.cli import RANK, at_least_1, command_line, measuring_args, program
 from plumbing.disk import read_json
 from plumbing.edits import edit_file
 from plumbing.making import Recipe, commit, recipe
-from plumbing.models import model_folder
+from plumbing.models import model_folder, model_name
 from plumbing.prompts import prompt_of
 from plumbing.results import evaluate
 from plumbing.stats import as_markdown, wilson, write_tables
 from sample import Text
 
+REFERENCE = "RealEra, expected"
 HALF = ("airplane", "cat", "frog", "ship", "truck")               # see above
 GO = ("concept", "synonyms", "phrases", "vanish")                 # what must go; the other groups stay
 PAPERS = ("concept", "other classes", "synonyms")                 # its Acc_e, Acc_s, Acc_g
@@ -130,7 +132,8 @@ def measure(cells: list[tuple], words: str, seeds: range, args, steps: int | Non
             if group in PAPERS:
                 p = (clip.logit_scale.exp().cpu() * cosines[:, :len(classes)]).softmax(1)
                 at = [classes.index(name) for name in wanted]
-                paper[f"{group}, ten-way"] = [round(p[range(len(at)), at].sum().item(), 4), len(at)]
+                sums = p[range(len(at)), at].sum().item()
+                paper[f"{group}, ten-way probability"] = [round(sums, 4), len(at)]
         seen, absolute = torch.stack([features[job] for job in jobs]), {
             group: f"{x.sum()} of {len(x)}" for group, x in right.items() if group not in GO}
         if what is None:
@@ -159,20 +162,21 @@ def h_near(cells: list[dict[str, list]]) -> float:
     return harmonic(mean(cells, "concept"), mean(cells, "near"), mean(cells, "phrases"))
 
 
-def redrawn(counts: dict[str, list], edits: int, rng: torch.Generator) -> list[dict[str, list]]:
-    """A cell a thousand times, its pictures drawn again; the numbers are divided by that many edits."""
+def redrawn(counts: dict[str, list], edits: int, rng: np.random.Generator) -> list[dict[str, list]]:
+    """A cell a thousand times, each share drawn from what its pictures leave possible (Jeffreys' interval:
+    none of ten may be one of thirty). The numbers are divided by that many edits."""
     groups = {group: x for group, x in counts.items() if isinstance(x, list) and x[1]}
-    drawn = {group: (torch.binomial(torch.full((1000,), float(round(edits * of))),
-                                    torch.full((1000,), right / of), generator=rng) / edits).tolist()
-             for group, (right, of) in groups.items()}
-    return [counts | {group: [drawn[group][k], x[1]] for group, x in groups.items()} for k in range(1000)]
+    shares = {group: rng.beta(edits * right + 0.5, edits * (of - right) + 0.5, 1000).tolist()
+              for group, (right, of) in groups.items()}
+    return [counts | {group: [shares[group][k] * of, of] for group, (_, of) in groups.items()}
+            for k in range(1000)]
 
 
 def again(cells: list[tuple], statistic, pictures: bool) -> torch.Tensor:
     """The statistic of (concept, counts) a thousand times, [1000]: classes drawn with replacement, the same
     ones for every row that has these classes, and of each class as many edits as it has; and the pictures."""
     times, of_class = Counter(concept for concept, _ in cells), {}
-    rng, which, edits = (torch.Generator().manual_seed(i) for i in (2, 0, 1))
+    rng, which, edits = np.random.default_rng(2), *(torch.Generator().manual_seed(i) for i in (0, 1))
     for concept, counts in cells:
         of_class.setdefault(concept, []).append(
             redrawn(counts, times[concept], rng) if pictures else [counts] * 1000)
@@ -260,8 +264,7 @@ def main() -> None:
     parser = program(__doc__)
     parser.add_argument("--row", nargs="+", choices=ROWS, default=MINING,
                         help="methods (default: the closed forms, from \"closed form\" to UCE)")
-    parser.add_argument("--reference", choices=ROWS, default="RealEra, expected",
-                        help="the row to compare with (default \"RealEra, expected\")")
+    parser.add_argument("--reference", choices=ROWS, help=f"the row to compare with (default {REFERENCE})")
     parser.add_argument("--concept", nargs="+", type=str.lower, help="classes, two or more (default: all)")
     parser.add_argument("--choose-n", type=int, default=4, help="pictures per prompt of a try (default 4)")
     parser.add_argument("--choose-steps", type=int, default=12, help="sampling steps of a try (default 12)")
@@ -277,7 +280,9 @@ def main() -> None:
                             "mini/next/captions.json")
     if len(classes) < 2:
         raise UserError("--concept: give two classes or more; strengths are chosen on others than reported")
-    halves = [[c for c in classes if (c in HALF) == first] for first in (True, False)]
+    if args.reference not in (None, *args.row):
+        raise UserError(f"--reference {args.reference} is none of the rows: {', '.join(args.row)}")
+    halves, version = [[c for c in classes if (c in HALF) == first] for first in (True, False)], commit()
     halves = halves if all(halves) else [classes[::2], classes[1::2]]
     best, tries = choose(args.row, halves, args)
     rows = "+".join(row.replace(" ", "-").replace(",", "") for row in args.row)
@@ -290,16 +295,18 @@ def main() -> None:
     found = measure(cells, "reported", range(args.seed, args.seed + args.n), args, args.steps)
     of_row = {row: alike([(concept, counts) for (concept, what), counts in zip(cells, found)
                           if (what and what[0]) == row and counts]) for row in (None, *args.row)}
-    table = [summary(row, some, best.get(row, []), halves, args.reference, of_row.get(args.reference, []))
+    to = args.reference or REFERENCE
+    table = [summary(row, some, best.get(row, []), halves, to, of_row.get(to, []))
              for row, some in of_row.items() if some]
     if RANK == 0:
+        model = model_name(args.model)
         flat = [dict(zip(("class", "row", "strength", "seed of the edit"),
                          (concept, *(what or ("untouched", "–", 0)))))
                 | {group: f"{x[0]} of {x[1]}" if isinstance(x, list) else x
                    for group, x in counts.items() if group != "of all"}
                 | {f"{group}, of all": x for group, x in counts.get("of all", {}).items()}
-                | {"command": what and method_recipe(concept, what, 0, args.dtype).command(),
-                   "commit": commit()}
+                | {"command": what and method_recipe(concept, what, 0, args.dtype).command(model) or "–",
+                   "commit of this table": version}
                 for (concept, what), counts in zip(cells, found)]
         write_tables(args.out, f"cells{name}", flat)
         write_tables(args.out, f"frontier{name}", table)

@@ -1,10 +1,11 @@
-"""The rows of frontier.py's tables: each method with its settings and six strengths, or with one.
+"""The rows of frontier.py's tables: each method with its settings and its strengths, mostly six.
 
     python experiments/frontier.py --row "closed form" "RealEra, expected" "ESD-x, authors'"
 
 “noise alignment” sweeps its learning rate and steps, beside none, with the paper's target and with where the
-closed form sends the concept. "NAME, authors'" has its authors' own settings, in SD's units, and nothing to
-choose; "NAME, corrected" is NAME without the oddities of its authors' code (as_published=false).
+closed form sends the concept. "NAME, authors'" has its authors' own settings, in SD's units (AC and SA: fewer
+pictures, SA fewer steps), and nothing to choose; "NAME, corrected" is NAME without the oddities of its
+authors' code (as_published=false).
 """
 CLOSED = ["M=0", "N=0", "lora_steps=0"]
 UCE = [f"lamb={x}" for x in (30000, 10000, 3000, 1000, 100, 0.5)]           # the last is the authors'

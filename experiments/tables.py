@@ -258,7 +258,7 @@ def main() -> None:
         name = f"table{args.table}" if args.table else "figure5" if args.figure else "sweep"
         write_tables(args.out, name, rows)
         print(as_markdown([row for row in rows if row.get("counted", "top-1") in ("top-1", "CLIP score")]))
-        if way := [row for row in rows if row.get("counted") == "ten-way probability"]:
+        if way := [row for row in rows if row.get("counted") == "ten-way probability" and task == "object"]:
             print(PAPERS_WAY + as_markdown(way))
         if args.table in (printed := read_json(PRINTED)):
             of = "average of ten" if args.table == "1" else args.concept

@@ -31,10 +31,10 @@ class Recipe:
                        for path in (ROOT / self.method, CHOSEN[0]))
         return [self.method, code, words, self.concept, self.flags, self.start and self.start.text()]
 
-    def command(self) -> str:
-        """As a user types it."""
-        start = self.start and f" # after: {self.start.command()}"
-        return shlex.join(["python", self.method, "--concept", self.concept, *self.flags]) + (start or "")
+    def command(self, model: str) -> str:
+        """As a user types it. Of an edit that goes on from another, the other's comes first."""
+        own = shlex.join(["python", self.method, "--concept", self.concept, *self.flags, "--model", model])
+        return f"{self.start.command(model)}; {own} --edit …" if self.start else own
 
     def folder(self, out: Path, base: str) -> Path:
         """Where it lies: named by a hash of all that it depends on. base: the model's hash."""
@@ -49,6 +49,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @functools.cache
 def commit() -> str:
     """This repository's, with -dirty if files have changed since; "" where git or its folder is missing."""
+    if not (ROOT / ".git").exists():
+        return ""
     try:
         return subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], check=True,
                               capture_output=True, text=True).stdout.strip()

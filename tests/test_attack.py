@@ -191,7 +191,8 @@ def test_an_edit_that_overshoots_sends_the_mirror_to_the_concept(model):
     assert torch.equal(found["3 times beyond sky"], rows.float())
     far = realera.Settings(M=0, N=0, reach=2.5)
     target.W = edited(W0, realera.erase_in_closed_form([whole], model.text([""]).double(), far)[0])
-    assert 0.65 < float([*attack.mirror(target)][-1].split()[0]) < 0.69              # its own m, near 1/1.5
+    own, lid = (float(name.split()[0]) for name in [*attack.mirror(target)][-2:])
+    assert 0.65 < own < 0.69 and 2.3 < lid < 2.37                 # near 1/1.5 and 1 + 2/1.5
 
 
 def test_an_emoji_that_is_no_token_gives_no_candidate_and_one_that_is_its_prompt(model, monkeypatch):
@@ -361,7 +362,7 @@ def test_the_command_writes_tables_a_grid_and_what_it_found(work):
     rows = json.loads((out / "attacks.json").read_text())
     assert [row["attack"] for row in rows] == ["plain", "phrases", "embedding", "vector", "mirror", "prefix",
                                                "tokens"]
-    assert [row["candidates"] for row in rows][:4] == [1, 10, 2, 8] and rows[4]["candidates"] in (4, 5)
+    assert [row["candidates"] for row in rows][:4] == [1, 10, 2, 8] and rows[4]["candidates"] in (4, 6)
     assert rows[5]["candidates"] == 1 and rows[6]["candidates"] in (1, 2, 3)
     for row in rows:
         value, low, high = row["success"]

@@ -71,9 +71,10 @@ def test_an_attack_without_candidates_has_no_column(here, narrow, tmp_path, monk
 
 def test_the_rows_of_a_frontier_are_attacked_at_the_strengths_chosen_there(here, refused, narrow, tmp_path,
                                                                            monkeypatch):
-    cells = [{"class": "cat", "row": row, "strength": strength, "seed of the edit": 0}
+    cells = [{"class": "cat", "row": row, "strength": strength, "seed of the edit": 0, "concept": "0 of 1"}
              for row, strength in (("untouched", "–"), ("reach", "reach=2"), ("Surgery", "beta=-0.03"))]
-    cells += [cells[1] | {"seed of the edit": 1, "strength": "reach=4"}, cells[1] | {"class": "ship"}]
+    cells += [cells[1] | {"seed of the edit": 1, "strength": "reach=4"}, cells[1] | {"class": "ship"},
+              cells[2] | {"class": "ship", "concept": ""}]        # an edit that failed
     write_tables(tmp_path, "cells", cells)                        # as frontier.py does
     monkeypatch.setattr(making.subprocess, "run", starts.finished)
     command = ["experiments/compare.py", "--cells", "cells.csv", "--n", 1, "--choose", 1, "--model", narrow]

@@ -2,6 +2,7 @@
 import argparse
 import importlib
 import json
+import math
 import types
 from xml.etree import ElementTree
 
@@ -15,6 +16,7 @@ from helpers import MINI, random
 from plumbing import making
 from plumbing.book import meanings, sights, use_book
 from plumbing.cli import parse_settings
+from plumbing.progress import peak_memory
 from plumbing.stats import wilson
 from sample import Text
 from starts import finished
@@ -86,6 +88,15 @@ def test_shares_are_of_what_was_right_before(small, monkeypatch):
     assert 0 < len(right) and after["near"] == [sum(right), len(right)]
     assert before["far"] == [0, 3] and "far" not in after         # it was never drawn right
     jobs = {prompt for group in frontier.asked("cat", "reported", Text(MINI)).values() for _, prompt in group}
+    classes = list(BOOK["classes"])                               # cat, dog, ship: the first of the names
+    for group, wanted in (("concept", "cat"), ("other classes", "dog")):
+        total = 0
+        for _, prompt in frontier.asked("cat", "reported", Text(MINI))[group]:
+            for seed in seeds:
+                exps = [math.exp(name == seen_by[1][prompt, seed]) for name in classes]
+                target = wanted if group == "concept" else prompt.removeprefix("a photo of the ")
+                total += exps[classes.index(target)] / sum(exps)
+        assert after[f"{group}, ten-way probability"][0] == pytest.approx(total, abs=1e-3)
     assert after["strange"] == [0, 3 * len(jobs)] and "strange" not in before   # one-hot: all look alike
 
 
@@ -115,7 +126,7 @@ def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatc
     monkeypatch.setattr(frontier, "RANDOM", {"b"})
     monkeypatch.setattr(frontier, "measuring_args", lambda parser: argparse.Namespace(
         row=["a", "b"], concept=None, choose_n=3, choose_steps=2, steps=9, n=2, seed=5,
-        out=small / "o", dtype="float32", reference="b"))
+        out=small / "o", dtype="float32", reference="b", model="mini"))
     (small / "o").mkdir()
     frontier.main()
     (tries, words, seeds), (cells, reported, others) = asked
@@ -158,7 +169,7 @@ def test_intervals_draw_classes_and_say_something_at_nothing():
     assert value == low == 0 and high == pytest.approx(100 * wilson(0, 20)[1], abs=0.01)
     # four edits of a class are one class, not four: as wide as with one edit each
     many = [cell for cell in cells for _ in range(4)]
-    assert frontier.interval(many, near) == frontier.interval(cells, near)
+    assert frontier.interval(many, near) == pytest.approx(frontier.interval(cells, near), abs=2)
     thrice = [*cells, cells[0], cells[0]]                         # a class with three edits counts once
     assert frontier.interval(frontier.alike(thrice), near)[0] == pytest.approx(50)
     assert frontier.interval(thrice, near)[0] == pytest.approx(30)
@@ -166,6 +177,12 @@ def test_intervals_draw_classes_and_say_something_at_nothing():
     better = [(name, {"near": [counts["near"][0] + 1, 11]}) for name, counts in cells]
     worse = [(name, {"near": [counts["near"][0], 11]}) for name, counts in cells]
     assert frontier.interval(better, near, less=worse) == pytest.approx([100 / 11] * 3, abs=0.01)
+
+
+def test_even_where_all_pictures_are_right_an_interval_has_a_width():
+    cells = [(name, {"concept": [0, 10], "near": [10, 10], "phrases": [0, 10]}) for name in ("cat", "dog")]
+    value, low, high = frontier.interval(cells, frontier.h_near)
+    assert value == 100 and 80 < low < 97 and high <= 100
 
 
 def test_pictures_are_drawn_again_where_no_formula_gives_an_interval():
@@ -209,10 +226,12 @@ def test_the_command_draws_a_table_and_a_curve_and_goes_on(here, small, monkeypa
     assert tables[2][-1]["class"] == "dog" and tables[2][-1]["synonyms"].endswith(" of 1")
     cell = next(cell for cell in tables[2] if cell["row"] == "UCE" and cell["class"] == "cat")
     assert cell["command"].startswith("python baselines/uce.py --concept cat --set lamb=0.1 --seed ")
+    assert cell["command"].endswith(" --model mini")
     assert cell["other classes, of all"].endswith(" of 2") and "concept, of all" not in cell
-    assert 0 <= tables[1][1]["concept, ten-way"][0] <= 100
+    assert ("peak GiB" in tables[1][1]) == (peak_memory() is not None)
     assert "seconds" not in tables[1][0] and all(row["seconds"] > 0 < row["drift"] for row in tables[1][1:])
     assert "peak GiB" not in tables[1][0] and all(row.get("peak GiB", 1) > 0.1 for row in tables[1][1:])
+    assert tables[2][0]["command"] == "–" and "commit of this table" in tables[2][0]
     file = next((small / "o/edits").iterdir()) / "erased.safetensors"                # of as many bytes as any
     assert all(row["MB"] == round(file.stat().st_size / 1e6, 2) for row in tables[1][1:])
     drawn = ElementTree.parse(small / "o/frontier-reach+UCE.svg").getroot()

@@ -11,6 +11,7 @@ from baselines import sld
 from baselines.sld import Settings
 from helpers import edit_json, quick_model
 from plumbing.edits import Edit
+from plumbing.progress import peak_memory
 from plumbing.results import evaluate
 
 PROMPT = ["a photo of the airplane"]
@@ -93,7 +94,7 @@ def test_sample_draws_from_the_folder_what_the_command_drew(here, broken, tmp_pa
     a, b = (json.loads((tmp_path / x / "run.json").read_text("utf-8")) for x in "ab")
     prompts = [row["prompt"] for row in a.pop("table")]
     for about in (a, b):
-        assert about.pop("seconds") and about.pop("peak GiB", 1) > 0.1
+        assert about.pop("seconds") and (peak_memory() is None or about.pop("peak GiB") > 0.1)
     assert a == b
     assert a["safety_text"] == "airplane" and a["dtype"] == "float16" and a["seed"] == 0
     assert json.loads((tmp_path / "c/run.json").read_text("utf-8"))["safety_text"] == "airplane, ship"

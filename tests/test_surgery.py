@@ -11,6 +11,7 @@ from baselines.surgery import Settings
 from helpers import MINI, quick_model
 from plumbing.drift import presence
 from plumbing.edits import read_edit
+from plumbing.progress import peak_memory
 
 HAS, LACKS = "a photo of the airplane", "a photo of the dog"
 
@@ -69,7 +70,7 @@ def test_the_folder_draws_as_the_command_and_other_prompts_as_if_untouched(here,
         here("baselines/surgery.py", *flags, "--out", out, cwd=tmp_path)
     a, b = (json.loads((tmp_path / x / "run.json").read_text("utf-8")) for x in "ab")
     for about in (a, b):
-        assert about.pop("seconds") and about.pop("peak GiB", 1) > 0.1
+        assert about.pop("seconds") and (peak_memory() is None or about.pop("peak GiB") > 0.1)
     assert a == b and 0.3 < a["presence"]["airplane"] < 0.6
     assert a["settings"] == {"beta": -0.06, "gamma": 0.02, "tau": 0.5} and a["drawing"] == ["rows"]
     plain = model.draw([HAS, LACKS], [1, 2])
