@@ -93,8 +93,9 @@ def numbers_of(edit: Path | None) -> dict[str, float]:
         return {"drift": 0.0}
     report = read_json(edit / "run.json")
     size = file.stat().st_size if (file := edit_file(edit)) else 0
-    return {"drift": drift_of(edit), "seconds": round(sum(report["seconds"].values()), 1),
-            "MB": round(size / 1e6, 2)} | {name: report[name] for name in ("peak GiB",) if name in report}
+    peak = {"peak GiB": report["peak GiB"]} if "peak GiB" in report else {}
+    return {"drift": drift_of(report), "seconds": round(sum(report["seconds"].values()), 1),
+            "MB": round(size / 1e6, 2)} | peak
 
 
 def strange(seen: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
@@ -134,8 +135,8 @@ def measure(cells: list[tuple], words: str, seeds: range, args, steps: int | Non
                 at = [classes.index(name) for name in wanted]
                 sums = p[range(len(at)), at].sum().item()
                 paper[f"{group}, ten-way probability"] = [round(sums, 4), len(at)]
-        seen, absolute = torch.stack([features[job] for job in jobs]), {
-            group: f"{x.sum()} of {len(x)}" for group, x in right.items() if group not in GO}
+        absolute = {group: f"{x.sum()} of {len(x)}" for group, x in right.items() if group not in GO}
+        seen = torch.stack([features[job] for job in jobs])
         if what is None:
             before[concept], usual[concept] = right, seen
         else:                                                     # of what stays, what was drawn right before
@@ -282,7 +283,8 @@ def main() -> None:
         raise UserError("--concept: give two classes or more; strengths are chosen on others than reported")
     if args.reference not in (None, *args.row):
         raise UserError(f"--reference {args.reference} is none of the rows: {', '.join(args.row)}")
-    halves, version = [[c for c in classes if (c in HALF) == first] for first in (True, False)], commit()
+    version = commit()                                            # of now: pictures may take a day
+    halves = [[c for c in classes if (c in HALF) == first] for first in (True, False)]
     halves = halves if all(halves) else [classes[::2], classes[1::2]]
     best, tries = choose(args.row, halves, args)
     rows = "+".join(row.replace(" ", "-").replace(",", "") for row in args.row)

@@ -7,7 +7,8 @@ closed form sends the concept. "NAME, authors'" has its authors' own settings, i
 pictures, SA fewer steps), and nothing to choose; "NAME, corrected" is NAME without the oddities of its
 authors' code (as_published=false).
 """
-CLOSED = ["M=0", "N=0", "lora_steps=0"]
+from experiments.tables import CLOSED, METHODS
+
 UCE = [f"lamb={x}" for x in (30000, 10000, 3000, 1000, 100, 0.5)]           # the last is the authors'
 # A row: the method's file, its settings, and its strengths, the weakest first. RealEra's have no noise
 # alignment: it adds nothing measurable (docs/results.md), and takes two minutes an edit. The tolerance of
@@ -55,13 +56,11 @@ ROWS |= {f"noise alignment, {aim}": ("realera.py", [*EXPECTED, f"aim={aim}"], ["
 ROWS |= {f"{name}, corrected": (file, [*settings, "as_published=false"], strengths)
          for name, (file, settings, strengths) in ROWS.items()
          if name in ("ESD-x", "ESD-u", "AC", "FMN", "SA", "SPM", "MACE", "SPEED")}
-OWN = {"ESD-u": ["variant=u"]}                                    # of the file's defaults, the authors'
-ROWS |= {f"{name}, authors'": (ROWS[name][0], OWN.get(name, []), [""])
-         for name in ("UCE", "SPEED", "RECE", "MACE", "ESD-x", "ESD-u", "AC", "FMN", "SA", "SPM", "SLD",
-                      "Surgery")}
+AUTHORS = {f"{name}, authors'": method for name, method in METHODS.items() if name != "RealEra"}
+ROWS |= {name: (file, settings, [""]) for name, (file, settings, *_) in AUTHORS.items()}
 ROWS["RealEra, default"] = "realera.py", [], [""]                 # ours, noise alignment included
 # Of a row, or of all rows with the name before the comma. Anchors: their authors'; of others the book's.
-ANCHOR = dict.fromkeys(["SPM", "Surgery", "UCE, authors'", "SPEED, authors'", "RECE, authors'"], "")
+ANCHOR = {"SPM": "", "Surgery": ""} | {name: anchor[0] for name, (_, _, *anchor) in AUTHORS.items() if anchor}
 RANDOM = {"RealEra, as printed", "SPEED"}                         # four seeds of the edit
 TRAINED = {"MACE", "ESD-x", "ESD-u", "AC", "FMN", "SA", "SPM", "RealEra, default",
            "noise alignment"}                                     # three, on three classes

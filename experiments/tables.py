@@ -105,10 +105,9 @@ def each(rows: list[tuple], args, recipe_of: Callable,
         yield model, clip, edit
 
 
-def drift_of(edit: Path | None) -> float:
+def drift_of(report: dict) -> float:
     """The median drift of unrelated prompts in an edit's run.json; 0 where nothing moves the text."""
-    numbers = read_json(edit / "run.json").get("numbers", {}) if edit else {}
-    return round(numbers.get("median drift of unrelated prompts", 0), 3)
+    return round(report.get("numbers", {}).get("median drift of unrelated prompts", 0), 3)
 
 
 def measure(rows: list[tuple], args, task: str = "object",
@@ -122,7 +121,8 @@ def measure(rows: list[tuple], args, task: str = "object",
         features = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch,
                             place if args.keep_pictures else None,
                             f"{len(found) + 1}/{len(rows)} {concept}, {variant}")
-        found.append(({"erased": concept, "variant": variant, "drift": drift_of(edit)},
+        report = read_json(edit / "run.json") if edit else {}
+        found.append(({"erased": concept, "variant": variant, "drift": drift_of(report)},
                       outcomes(clip, concept, features, seeds, task)))
     return found
 
@@ -258,14 +258,16 @@ def main() -> None:
         name = f"table{args.table}" if args.table else "figure5" if args.figure else "sweep"
         write_tables(args.out, name, rows)
         print(as_markdown([row for row in rows if row.get("counted", "top-1") in ("top-1", "CLIP score")]))
-        if way := [row for row in rows if row.get("counted") == "ten-way probability" and task == "object"]:
+        way = [row for row in rows if row.get("counted") == "ten-way probability"]
+        if way and task == "object":
             print(PAPERS_WAY + as_markdown(way))
         if args.table in (printed := read_json(PRINTED)):
             of = "average of ten" if args.table == "1" else args.concept
             print("What the paper prints, on SD v1.4:\n\n" + as_markdown([
                 {name: x for name, x in row.items() if x is not None} for row in printed[args.table]
                 if row.get("erased") in (of, None) or not of]))
-            print(printed["slips"] + "\n" if args.table == "1" else "", end="")
+            if args.table == "1":
+                print(printed["slips"])
         print(f"wrote {args.out}/")
 
 

@@ -1,5 +1,4 @@
 """Edits for the experiments: what method, of what, with which flags; each made once and kept."""
-import functools
 import hashlib
 import json
 import os
@@ -46,7 +45,6 @@ class Recipe:
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@functools.cache
 def commit() -> str:
     """This repository's, with -dirty if files have changed since; "" where git or its folder is missing."""
     if not (ROOT / ".git").exists():

@@ -225,7 +225,7 @@ def write_page(folder: Path, report: dict, delta: Tensor | None, larger: dict[st
         section("How far names go", "<p>0: a name stays where it is; 1: as far as the anchor.</p>\n"
                 * bool(shares), shares),
         section("Seconds and memory", table([*report.get("seconds", {}).items(), *(
-            (name, report[name]) for name in ("peak GiB",) if name in report)])),
+            [("peak GiB", report["peak GiB"])] if "peak GiB" in report else [])])),
         section("Settings", table([*report.get("settings", {}).items(), ("seed", report["seed"]),
                                    ("task", report["task"]), ("model", report["model"])])),
         "</div>\n",
