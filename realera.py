@@ -39,7 +39,7 @@ WORDS = {"tolerance": ("own", "same"), "mining": ("sampled", "expected"), "rows"
 
 @dataclass(frozen=True)
 class Settings:
-    """The method's numbers. lora_steps and lr are the paper's, the others were chosen on `mini`."""
+    """The method's numbers. lora_steps and lr are the paper's; the others were best on the first `mini`."""
     D1: float = 1.1             # largest distance of a neighbor, in ‖e‖ (section 4.1)
     D1_anchor: float = 1.1      # the same around the anchor: the tolerance at the end of section 4.1
     tolerance: str = "own"      # own: r' is drawn by itself, up to D1_anchor; same: r' = r
@@ -59,7 +59,7 @@ class Settings:
     rank: int = 4               # of the LoRA
     lora_steps: int = 200       # "epochs" in section 5
     aim: str = "anchor"         # of the alignment; closed: not e* but where the closed form sends e (ours)
-    lr: float = 1e-5            # section 5; 5e-4 leads the synonyms back: docs/results.md
+    lr: float = 1e-5            # section 5; 5e-4 leads phrases back: docs/results.md
     batch: int = 8              # latents per LoRA step
     trajectories: int = 8       # pictures of the anchor whose latents are learned from; a quarter is held out
 

@@ -29,7 +29,7 @@ It trains nothing, and needs text encoder and matrices alone. Coded, and if not 
              the copies' mean (there of each 128 rows, here of all). as_published=false or aug_num=0: none,
              and no filter
     threshold  0.1 (paper: "zero"), in squared units of the text encoder: it means other things on other
-             models. A row's square is some 768 in SD v1.4, 256 in mini, where 0.1 does, too
+             models. A row's square is some 768 in SD v1.4, 205 in mini, where 0.1 does, too
     K₂, λ    k-means from random rows, here from --seed and kept in K2.safetensors; λ = 0
 """
 import dataclasses

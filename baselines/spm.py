@@ -24,7 +24,7 @@ rows of prompt and concept, as one vector.
 - As coded, not here: several adapters in one network, (Σ m up)(Σ m down), with cross terms; AdamW in 8 bits;
   H and W from 256 … 448 (here the model's own); an a is drawn again with a chance of cos(a, c), 0 ± 0.004.
 - preset=mini is ours, as 3,000 iterations take an hour or more on two cores; with the authors' λ = 1000, and
-  100 iterations at a rate of 2e-3, nothing was erased.
+  100 iterations at a rate of 2e-3, nothing was erased (on the first mini).
 
 Written are W at m = 1 and, in spm.safetensors, the adapters in kohya's spelling.
 """

@@ -1,6 +1,6 @@
 """Makes course/explore.html: choose a class, a method, a setting; see what goes and what is taken along.
 
-    python course/explore.py                                  # mini's classes: about half an hour on one core
+    python course/explore.py                                  # mini's classes: an hour on one core
     python course/explore.py --classes cat --n 2 --steps 8 --out out/explore.html
 
 The page needs no network and no installation. Sliders move one at a time, in four steps: the others return to

@@ -35,7 +35,7 @@ from sample import Model
 
 CLOSED = ["M=0", "N=0", "lora_steps=0", "lambda1=0.1"]
 # RECE: the authors' values for easy objects, but realera.py's real prompts must stay: without them RECE
-# erases most of what else `mini` knows, and nothing would be learned from the comparison.
+# erased most of what else the first `mini` knew, and nothing would be learned from the comparison.
 RECE = ["rounds=1", "real_prompts=true"]
 METHODS = {"closed form": ("realera.py", CLOSED), "RealEra": ("realera.py", []), "RECE": ("rece.py", RECE),
            "RealEra + RECE": ("rece.py", RECE)}                   # A + B: B goes on from A's edit

@@ -1,6 +1,6 @@
 """What vanishes against what stays: each method along its own strength, chosen on other words than reported.
 
-    python experiments/frontier.py --book mini/next/captions.json --model … --n 10 --steps 12
+    python experiments/frontier.py --n 10 --steps 12
     python experiments/frontier.py --row "closed form" vocabulary --concept cat dog --n 4 --steps 12
 
 Each row of the table is a method with its strengths, mostly six (rows.py). First all are tried on the
@@ -278,7 +278,7 @@ def main() -> None:
         if not entry or not all(entry.get("choosing", {}).get(kind) for kind in ("synonyms", "associated")) \
                 or not entry.get("stay"):
             raise UserError(f"{concept}: this needs a class of --book with lists stay and choosing, as in "
-                            "mini/next/captions.json")
+                            "mini/captions.json")
     if len(classes) < 2:
         raise UserError("--concept: give two classes or more; strengths are chosen on others than reported")
     if args.reference not in (None, *args.row):

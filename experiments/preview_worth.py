@@ -42,7 +42,7 @@ def main() -> None:
     for concept, entry in list(classes.items())[:args.classes]:
         pairs = make_pairs([concept], [entry["anchor"]], "object", model.text, s.rows, 0)
         delta, _ = erase_in_closed_form(pairs, model.text(preserved_prompts("object", pairs)), s)
-        # synonyms of the other classes: nothing keeps those, as P holds only the classes' own names
+        # synonyms of the other classes: no P names these, nor the classes themselves
         groups = prompts_of(concept) | {"s'": [(name, f"a photo of the {classes[name]['synonyms'][0]}")
                                                 for name in classes if name != concept]}
         prompts = [prompt for group in groups.values() for prompt in group]

@@ -1,7 +1,7 @@
 """What goes and what stays, by text alone: methods side by side, before a picture is drawn.
 
     python experiments/shares.py                                 # mini's book: seconds, no U-Net
-    python experiments/shares.py --model mini/next --book mini/next/captions.json --words choosing
+    python experiments/shares.py --words choosing
 
 For each class of the book and each method: the share of the way from concept to anchor that prompts go. 0
 stays, 1 arrives. The table has means over the classes: the word itself, its synonyms and phrases, what every

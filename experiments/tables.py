@@ -41,7 +41,7 @@ from realera import Settings, erase_in_closed_form
 from sample import Model, Text
 
 CLOSED = ["M=0", "N=0", "lora_steps=0"]
-# Table 1's closed forms have the paper's lambda1, which is better for them; "reach 2" is a rival to mining.
+# Table 1's closed forms have the paper's lambda1; "reach 2" is a rival to mining.
 TABLES = {"1": {"closed form": [*CLOSED, "lambda1=0.1"],
               "closed form, reach 2": [*CLOSED, "lambda1=0.1", "reach=2"],
               "RealEra": []},
@@ -179,7 +179,7 @@ def explicit(args) -> list[dict]:
 
 def figure(args) -> list[dict]:
     """Figure 5: Acc_s − Acc_e of automobile, and what the paper does not show: Acc_a painted as well (the
-    residue: on `mini` Acc_s − Acc_e is 100 almost everywhere), Acc_g and drift in the table."""
+    residue: on the first `mini` Acc_s − Acc_e was 100 almost everywhere), Acc_g and drift in the table."""
     rows, cells = [], []
     for name, (x, xs, y, ys) in FIGURE.items():
         cells += [(name, a, b, [*CLOSED[2:], *args.set, f"{x}={a}", f"{y}={b}"]) for a in xs for b in ys]
@@ -214,7 +214,7 @@ def sweep(args) -> list[dict]:
             groups = {"concept": [concept], "synonyms": some.get("synonyms", []),
                       "phrases": some.get("associated", []),
                       "other classes": [name for name in classes if name != concept]}
-            prompts = [[f"a picture of the {name}" for name in names] for names in groups.values()]
+            prompts = [[f"a photo of a {name}" for name in names] for names in groups.values()]
             found.append([*(mean_share(delta, pairs[0], few, text) if few else math.nan for few in prompts),
                           list(drifts(delta, pairs, text).values())[1]])
         means = torch.tensor(found).nanmean(0).tolist()

@@ -1,280 +1,304 @@
-"""The model card's numbers: what `mini/` draws, seen by `mini/clip` and by a judge that only knows photos.
+"""The model card's numbers: what `mini/` knows and what it draws, seen by two judges of different kinds.
 
-    python mini/measure.py --data cifar-10-batches-bin                    # provisional: 20 pictures a prompt
-    python mini/measure.py --data cifar-10-batches-bin --n 200 --frechet 10000 --device cuda
-    python mini/measure.py --data cifar-10-batches-bin --parts class synonym --edit out/airplane
+    python mini/measure.py --data emoji --parts vae judges              # of real compositions
+    python mini/measure.py --data emoji --model out/mini                # all parts
 
-Writes measured.json, measured.md (the card's tables) and a grid per part into --work. The judge is a small
-ResNet, trained on the photos and scene crops alone (kept in --work). It never chooses a picture or a photo.
-Both choose among the ten classes and the five scenes.
+Each part prints a piece of the card, in Markdown, and writes it to --work. One judge is `mini/clip`; the
+other a small ResNet that never read a word: trained here on compositions of its own, kept in --work. Neither
+chooses a picture. Both answer among all things that the U-Net learns.
 """
 import argparse
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
-from erasing import edited, make_pairs
+import vae  # noqa: E402
 from eval_clip import CLIP
-from mini.next.measure import Judge, eight_pictures, spread
-from mini.train import CLASSES, HERE, RECIPES, Captions, Photos, Run, shifted, to_float, typical
+from mini.emoji import Book, Icons, compose
+from mini.train import Run
+from plumbing import svg
 from plumbing.cli import command_line, pick_device
-from plumbing.edits import cross_attention, read_edit
 from plumbing.pictures import grid, write_png
-from plumbing.prompts import preserved_prompts
 from plumbing.stats import frechet
-from plumbing.weights import put_weights
-from realera import Settings, erase_in_closed_form
-from sample import Model, Text
-
-PARTS = ["cosines", "photos", "class", "synonym", "associated", "scene",
-         "diversity", "frechet", "residue", "cost"]
+from sample import Model
 
 
-def train_judge(args, photos: Photos) -> Judge:
-    torch.manual_seed(1)
-    judge = Judge((len(CLASSES) + 5,), (48, 96, 192)).to(args.device, memory_format=torch.channels_last)
-    x, y = photos.x.to(args.device), photos.y.to(args.device)
+class Judge(nn.Module):
+    """A small ResNet: pictures [B, 3, H, W] in [0, 1] -> logits of each question, answers[k] of them."""
 
-    def loss(rng: torch.Generator, step: int) -> Tensor:
-        rows = torch.randint(len(x), (128,), generator=rng).to(args.device)
-        batch = shifted(to_float(x[rows]), 4, rng).contiguous(memory_format=torch.channels_last)
-        return F.cross_entropy(judge(batch)[0], y[rows], label_smoothing=0.1)
+    def __init__(self, answers: tuple[int, ...], widths: tuple[int, ...]):
+        super().__init__()
+        self.answers, self.stem = answers, nn.Conv2d(3, widths[0], 4, stride=2, padding=1)
+        self.blocks = nn.ModuleList()
+        for c_in, c in zip((widths[0], *widths), widths):
+            stride = 1 if c_in == c else 2
+            self.blocks.append(nn.ModuleDict({
+                "conv1": nn.Conv2d(c_in, c, 3, stride, 1, bias=False), "norm1": nn.GroupNorm(8, c),
+                "conv2": nn.Conv2d(c, c, 3, 1, 1, bias=False), "norm2": nn.GroupNorm(8, c),
+                "skip": nn.Conv2d(c_in, c, 1, stride, bias=False)}))
+        self.head = nn.Linear(widths[-1], sum(answers))
 
-    run = Run("judge", judge, args.steps, 3e-3, 0.05, args, ema=0.995)
-    run.train(loss)
-    return run.average.eval()
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem((x - 0.5) / 0.25))
+        for block in self.blocks:
+            h = F.relu(block["norm1"](block["conv1"](x)))
+            x = F.relu(block["norm2"](block["conv2"](h)) + block["skip"](x))
+        return x.mean((2, 3))
 
-
-def nearest(a: Tensor, b: Tensor, same: bool = False) -> tuple[Tensor, Tensor]:
-    """Per picture of a: mean absolute pixel difference to its nearest in b, mirrored or not, and which."""
-    flat = b.flatten(1)
-    d = torch.minimum(torch.cdist(a.flatten(1), flat, p=1), torch.cdist(a.flip(-1).flatten(1), flat, p=1))
-    if same:
-        d.fill_diagonal_(torch.inf)
-    value, index = d.min(1)
-    return value / flat.shape[1], index
-
-
-def cosines(text: Text, book: dict) -> dict[str, list[float]]:
-    """Cosine of the edited rows of "a photo of the {class}" to other prompts' rows: [mean, least, most]."""
-    def rows(prompt: str) -> Tensor:
-        return text([prompt])[0, max(1, text.tokenizer.count(prompt)):]
-
-    def cosine(p: str, q: str) -> float:
-        a, b = rows(p), rows(q)
-        n = min(len(a), len(b))
-        return F.cosine_similarity(a[:n].flatten(), b[:n].flatten(), dim=0).item()
-
-    found = {"synonyms": [], "associated": [], "other classes": []}
-    for c, entry in book.items():
-        own = f"a photo of the {c}"
-        found["synonyms"] += [cosine(own, f"a photo of the {s}") for s in entry["synonyms"]]
-        found["associated"] += [cosine(own, phrase) for phrase in entry["associated"]]
-        found["other classes"] += [cosine(own, f"a photo of the {d}") for d in book if d != c]
-    return {kind: [round(x, 2) for x in (sum(v) / len(v), min(v), max(v))] for kind, v in found.items()}
-
-
-class Measure:
-    """One method per part; each returns {row of the table: value} and may write a grid."""
-
-    def __init__(self, args):
-        self.args, self.n, self.prefix = args, args.n, "edit-" if args.edit else ""
-        self.book = json.loads((HERE / "captions.json").read_text("utf-8"))["classes"]
-        self.choices = CLASSES + Captions().scenes
-        self.model = Model(args.model, args.device)
-        self.model.put(read_edit(args.edit, args.model, self.model.text) if args.edit else {})
-        self.clip = CLIP.from_pretrained(args.model / "clip", device=args.device)
-        self.photos, self.test = Photos(args.data), Photos(args.data, ("test_batch.bin",))
-        self.judge = train_judge(args, self.photos)
-        self.of_class = None                                      # pictures of all classes, drawn once
-
-    def draw(self, prompts: list[str], n: int, first: int = 0) -> Tensor:
-        """[prompts, n, 3, 32, 32], seeds first … first + n − 1 for every prompt."""
-        pictures = self.model.draw([p for p in prompts for _ in range(n)],
-                                   list(range(first, first + n)) * len(prompts))
-        return pictures.unflatten(0, (len(prompts), n))
-
-    def classes(self, n: int) -> Tensor:
-        if self.of_class is None:
-            clouds = {"diversity", "frechet"} & set(self.args.parts)
-            self.of_class = self.draw([f"a photo of the {c}" for c in CLASSES],
-                                      max(self.n, self.args.frechet // 10 if clouds else 0))
-        return self.of_class[:, :n]
-
-    def said(self, pictures: Tensor) -> dict[str, Tensor]:
-        """What each judge sees in pictures [prompts, n, 3, 32, 32]: index into `choices`, [prompts, n]."""
-        flat = pictures.flatten(0, 1)
-        seen = {"clip": self.clip.classify(flat, [f"a photo of the {c}" for c in self.choices]).argmax(1),
-                "judge": self.judge.head(self.judge.look(flat).to(self.judge.head.weight)).argmax(1).cpu()}
-        return {who: guess.view(pictures.shape[:2]) for who, guess in seen.items()}
-
-    def top1(self, kind: str, wanted: list[str], prompts: list[str]) -> dict:
-        pictures = self.classes(self.n) if kind == "class" else self.draw(prompts, self.n)
-        write_png(self.args.work / f"{self.prefix}{kind}.png",
-                  grid(pictures[:, :10].flatten(0, 1), min(self.n, 10), zoom=2))
-        truth, report = torch.tensor([self.choices.index(c) for c in wanted])[:, None], {}
-        for who, guess in self.said(pictures).items():
-            right = (guess == truth).float().mean(1)
-            least = right.argmin().item()
-            report[who] = round(100 * right.mean().item(), 1)
-            report[f"{who}, least"] = [prompts[least], round(100 * right[least].item(), 1)]
-            report[f"{who}, per prompt"] = {p: round(100 * r.item()) for p, r in zip(prompts, right)}
-        return report
-
-    def measure_class(self) -> dict:
-        return self.top1("class", CLASSES, [f"a photo of the {c}" for c in CLASSES])
-
-    def measure_synonym(self) -> dict:
-        named = [(c, f"a photo of the {s}") for c in CLASSES for s in self.book[c]["synonyms"]]
-        return self.top1("synonym", *map(list, zip(*named)))
-
-    def measure_associated(self) -> dict:
-        return self.top1("associated", *map(list, zip(*[(c, s) for c in CLASSES
-                                                        for s in self.book[c]["associated"]])))
-
-    def measure_scene(self) -> dict:
-        return self.top1("scene", self.choices[10:], [f"a photo of the {s}" for s in self.choices[10:]])
-
-    def measure_cosines(self) -> dict:
-        return cosines(self.model.text, self.book)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.head(self.features(x)).split(self.answers, dim=1)
 
     @torch.no_grad()
-    def measure_photos(self) -> dict:
-        """How well the instruments know the test photos, and what the VAE makes of them."""
-        x, y = to_float(self.test.x), self.test.y
-        ten = self.clip.classify(x[y < 10], [f"a photo of the {c}" for c in CLASSES]).argmax(1)
-        sure = self.judge.head(self.judge.look(x).to(self.judge.head.weight)).argmax(1).cpu() == y
-        vae, part = self.model.vae, x[:1000].to(self.args.device)
-        back = torch.cat([vae.decode(vae.encode(2 * b - 1)[0]) for b in part.split(100)]) / 2 + 0.5
-        psnr = -10 * (back.clamp(0, 1) - part).square().mean((1, 2, 3)).log10().mean().item()
-        return {"zero-shot by clip": round(100 * (ten == y[y < 10]).float().mean().item(), 1),
-                "judge, classes": round(100 * sure[y < 10].float().mean().item(), 1),
-                "judge, scenes": round(100 * sure[y >= 10].float().mean().item(), 1), "PSNR": round(psnr, 1)}
-
-    def measure_diversity(self) -> dict:
-        """Mean distance of two pictures of a class over that of two photos; and the nearest photos."""
-        n, ratios = min(200, self.args.frechet // 10), []
-        pictures = self.classes(n)
-        for c in range(10):
-            real = to_float(self.photos.x[self.photos.y == c][:n])
-            ratios.append([spread(pictures[c].flatten(1)) / spread(real.flatten(1)),
-                           spread(self.judge.look(pictures[c])) / spread(self.judge.look(real))])
-        place = argparse.Namespace(out=self.args.model, device=self.args.device)
-        chosen = typical(place, RECIPES["laptop"], self.photos)
-        real = to_float(self.photos.x[chosen[self.photos.y[chosen] < 10]])
-        some = pictures[:, :8]
-        drawn, which = nearest(some.flatten(0, 1), real)
-        among = nearest(real[::5], real[::5], same=True)[0]
-        pairs = torch.stack([some[:8, 0], real[which.view(10, -1)[:8, 0]]])
-        write_png(self.args.work / "nearest.png", grid(pairs.flatten(0, 1), 8, zoom=3))
-        pixels, features = torch.tensor(ratios).mean(0).tolist()
-        return {"pixels": round(100 * pixels, 1), "features": round(100 * features, 1), "pictures": n,
-                "nearest photo, drawn": round(drawn.median().item(), 4),
-                "nearest photo, photos": round(among.median().item(), 4)}
-
-    def measure_frechet(self) -> dict:
-        """In the judge's features, against the test photos of the ten classes."""
-        n = self.args.frechet // 10
-        test = to_float(self.test.x[self.test.y < 10])
-        blurred = F.interpolate(F.avg_pool2d(test, 4), scale_factor=4)
-        train_photos = torch.cat([to_float(self.photos.x[self.photos.y == c][:n]) for c in range(10)])
-        real = self.judge.look(test)
-        clouds = {"drawn": self.classes(n).flatten(0, 1), "training photos": train_photos, "blurred": blurred}
-        found = {name: round(frechet(self.judge.look(x), real), 3) for name, x in clouds.items()}
-        return found | {"pictures": 10 * n}
-
-    def measure_residue(self) -> dict:
-        """What the closed form of the class word alone leaves (Eq. 7, M = N = 0): the release criterion."""
-        W0, settings, rows = cross_attention(self.args.model), Settings(M=0, N=0, lambda1=0.1), {}
-        for concept in CLASSES:
-            entry = self.book[concept]
-            pairs = make_pairs([concept], [entry["anchor"]], "object", self.model.text, settings.rows, 0)
-            stay = self.model.text(preserved_prompts("object", pairs))
-            put_weights(self.model.unet, edited(W0, erase_in_closed_form(pairs, stay, settings)[0]))
-            prompts = [f"a photo of the {name}" for name in [concept, *entry["synonyms"]]]
-            said = self.said(self.draw(prompts + entry["associated"], self.n))["clip"]
-            right = (said == CLASSES.index(concept)).float()
-            e, g, a = (100 * part.mean().item() for part in right.split([1, 3, 4]))
-            rows[concept] = {"Acc_e": round(e, 1), "Acc_g": round(g, 1), "Acc_a": round(a, 1)}
-        put_weights(self.model.unet, W0)
-        mean = {key: round(sum(row[key] for row in rows.values()) / 10, 1) for key in rows["ship"]}
-        return mean | {"per class": rows}
-
-    def measure_cost(self) -> dict:
-        """One command as a user runs it, and what is on the disk."""
-        if self.args.edit:
-            return {}
-        seconds, peak = eight_pictures(self.args)
-        weights = sum(path.stat().st_size for path in self.args.model.glob("*/*model.safetensors"))
-        return {"8 pictures": f"{seconds:.1f} s", "peak GiB": round(peak, 2),
-                "MiB of weights": round(weights / 2 ** 20, 1),
-                "U-Net parameters": sum(p.numel() for p in self.model.unet.parameters())}
+    def look(self, x: Tensor) -> Tensor:
+        """Features [N, F] of any number of pictures, on the CPU."""
+        return torch.cat([self.features(part.to(self.head.weight)).cpu() for part in x.split(250)])
 
 
-def card(report: dict) -> str:
-    """The goals and what was measured, as Markdown: report as main makes it, absent parts left out."""
-    def both(found: dict) -> str:
-        return " | ".join("{} % (least: {} {:.0f})".format(found[who], *found[f"{who}, least"])
-                          for who in ("clip", "judge"))
+class Eyes:
+    """Both judges. An answer is a set of emoji: clip's the owners of the name that it found nearest, the
+    ResNet's one emoji. It is right if one of them is wanted."""
 
-    top1 = {"class": "“a photo of the {class}”, ten | ≥ 93, ≥ 88 %, none < 80",
-            "synonym": "synonyms, thirty | ≥ 85 %",
-            "associated": "associated phrases, forty | ≥ 75 %", "scene": "scenes, five | ≥ 90 %"}
-    text = ["| prompts | goal | `mini/clip` | judge |", "|---|---|---|---|",
-            *(f"| {row} | {both(report[kind])} |" for kind, row in top1.items() if kind in report),
-            "", "| what | goal | measured |", "|---|---|---|"]
-    rows = {
-        "photos": ["zero-shot top-1 of `mini/clip`, test photos | ≥ 86 % | {zero-shot by clip} %",
-                   "the judge on test photos, on test scenes | – | {judge, classes} %, {judge, scenes} %",
-                   "VAE, 1,000 test photos | ≥ 30 dB | {PSNR} dB"],
-        "frechet": ["Fréchet distance of {pictures} pictures to the test photos, judge's features "
-                    "| ≤ ⅓ of blurred | {drawn}; training photos {training photos}; 4×4-blurred {blurred}"],
-        "diversity": ["mean distance of two of {pictures} pictures of a class, over that of photos | ≥ 80 % "
-                      "| pixels {pixels} %, judge's features {features} %",
-                      "median difference to the nearest training photo | not copies "
-                      "| {nearest photo, drawn}; among photos {nearest photo, photos}"],
-        "residue": ["closed form of the class word alone, ten classes | Acc_g 25–75 %, Acc_a ≥ 40 % "
-                    "| Acc_e {Acc_e}, Acc_g {Acc_g}, Acc_a {Acc_a} %"],
-        "cosines": ["cosine to the class word: synonyms | 0.6–0.85 "
-                    "| {synonyms[0]} ({synonyms[1]}–{synonyms[2]})",
-                    "… associated phrases | less | {associated[0]} ({associated[1]}–{associated[2]})",
-                    "… other classes | less | {other classes[0]} ({other classes[1]}–{other classes[2]})"],
-        "cost": ["8 pictures, 25 steps, guidance | ≤ 8 s, ≤ 1 GiB | {8 pictures}, {peak GiB} GiB",
-                 "weights, U-Net | ≤ 40 MiB, ≥ 7 M | {MiB of weights} MiB, {U-Net parameters:,} parameters"]}
-    return "\n".join([*text, *("| " + row.format(**report[part]) + " |" for part, some in rows.items()
-                               if part in report for row in some)]) + "\n"
+    def __init__(self, args):
+        self.book = Book()
+        self.icons = Icons(args.data, self.book)
+        self.weight = self.icons.weight * self.icons.drawn
+        self.emoji = sorted({h for (h, _), drawn in zip(self.icons.which, self.icons.drawn) if drawn})
+        self.styles = [name for name in self.book.styles if name in {s for _, s in self.icons.which}]
+        self.own = sorted({self.book.things[h]["names"][0] for h in self.emoji})
+        self.clip = CLIP.from_pretrained(args.model / "clip", device=args.device)
+        self.judge = self.trained(args)
+
+    def trained(self, args) -> Judge:
+        torch.manual_seed(1)
+        answers = len(self.emoji), len(self.book.scenes), len(self.styles)
+        judge = Judge(answers, (32, 64, 128, 192)).to(args.device, memory_format=torch.channels_last)
+
+        def loss(rng: torch.Generator, step: int) -> Tensor:      # not one composition that CLIP has seen
+            x, which, scene = compose(self.icons, 128, torch.Generator().manual_seed(10 ** 7 + step),
+                                      self.weight * ~self.icons.kept)
+            emoji, place, style = judge(x.to(args.device, memory_format=torch.channels_last))
+            there = (which >= 0).nonzero()[:, 0]
+            h, s = zip(*(self.icons.which[w] for w in which[there]))
+            wanted = [torch.tensor(list(map(all.index, one))).to(args.device)
+                      for all, one in ((self.emoji, h), (self.styles, s))]
+            there = there.to(args.device)
+            return (F.cross_entropy(emoji[there], wanted[0]) + F.cross_entropy(style[there], wanted[1])
+                    + F.cross_entropy(place, scene.to(args.device)))
+
+        run = Run("judge", judge, args.steps, 3e-3, 0.05, args, decays=(0.995,))
+        run.train(loss)
+        return run.average.eval()
+
+    def wanted(self, name: str) -> set[str]:
+        """The emoji that a name may be a picture of; those of the whole class, if it is of one."""
+        for word, entry in self.book.classes.items():
+            if name in (word, *entry["synonyms"], *entry["associated"]):
+                return {h for h in self.emoji if self.book.things[h].get("class") == word}
+        return {h for h in self.emoji if name in self.book.called[h]}
+
+    def things(self, x: Tensor, emoji: Tensor, among: list[str] | None = None) -> dict[str, list[set[str]]]:
+        """What both see in pictures [n, 3, 64, 64], among the things with these names, or all. emoji: the
+        ResNet's logits of them."""
+        among = among or self.own
+        owners = [self.wanted(name) for name in among]
+        found = self.clip.classify(x, [self.book.caption(name, 1) for name in among]).argmax(1)
+        known = torch.tensor([any(h in some for some in owners) for h in self.emoji])
+        mine = emoji.masked_fill(~known, -torch.inf).argmax(1)
+        return {"clip": [owners[i] for i in found], "judge": [{self.emoji[i]} for i in mine]}
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The ResNet's, of emoji, scene and style, of any number of pictures, on the CPU."""
+        logits = self.judge.head(self.judge.look(x).to(self.judge.head.weight))
+        return logits.cpu().split(self.judge.answers, dim=1)
+
+    def right(self, x: Tensor, name: str, place: str = "", style: str = "") -> dict[str, Tensor]:
+        """Which pictures [n, 3, 64, 64] show the name, and the scene and the style, if they are asked for."""
+        wanted, book, (emoji, places, styles) = self.wanted(name), self.book, self.logits(x)
+        right = {who: torch.tensor([bool(one & wanted) for one in said])
+                 for who, said in self.things(x, emoji).items()}
+        places, styles = places.argmax(1), styles.argmax(1)
+        if place:
+            right["judge"] &= places == book.scenes.index(place)
+            some = [book.caption(name, 1, book.places[scene]) for scene in book.scenes]
+            right["clip"] &= self.clip.classify(x, some).argmax(1) == book.scenes.index(place)
+        if style:
+            right["judge"] &= styles == self.styles.index(style)
+            some = [book.caption(name, 1, "", book.styles[one]) for one in self.styles]
+            right["clip"] &= self.clip.classify(x, some).argmax(1) == self.styles.index(style)
+        return right
+
+
+def share(hits: list[Tensor], names: list[str]) -> str:
+    """Mean and least of shares that are right: "95.0 (deer 80)"."""
+    shares = torch.stack([100 * hit.float().mean() for hit in hits])
+    return f"{shares.mean():.1f} ({names[shares.argmin()]} {shares.min():.0f})"
+
+
+def picture(args) -> list[str]:
+    """What the autoencoder keeps."""
+    model = vae.VAE.from_pretrained(args.model / "vae")
+    x, _, _ = compose(Icons(args.data, Book()), 400, torch.Generator().manual_seed(2 * 10 ** 6))
+    with torch.no_grad():
+        back = torch.cat([model.decode(model.encode(2 * part - 1)[0]) for part in x.split(40)]) / 2 + 0.5
+    psnr = -10 * (back.clamp(0, 1) - x).square().mean((1, 2, 3)).log10()
+    return [f"PSNR on 400 held-out compositions: {psnr.mean():.1f} dB (least {psnr.min():.1f})"]
+
+
+def judges(args) -> list[str]:
+    """How well the judges know real compositions: held-out ones, and icons that neither was trained on."""
+    eyes = Eyes(args)
+    book, icons = eyes.book, eyes.icons
+    lines = ["| real pictures | `mini/clip` | judge |", "|---|---|---|"]
+    ten = torch.tensor(["class" in book.things[h] for h, _ in icons.which])
+    for what, some, among in (("all things", ~icons.kept, eyes.own),
+                              ("the ten classes, among these", ten & ~icons.kept, list(book.classes)),
+                              ("icons that neither was trained on", icons.kept, eyes.own)):
+        x, which, _ = compose(icons, 1000, torch.Generator().manual_seed(3 * 10 ** 6), eyes.weight * some)
+        x, which = x[which >= 0], which[which >= 0]
+        said = eyes.things(x, eyes.logits(x)[0], among)
+        shown = [book.things[icons.which[w][0]] for w in which]
+        wanted = [eyes.wanted(thing.get("class", thing["names"][0])) for thing in shown]
+        right = [[bool(a & b) for a, b in zip(said[who], wanted)] for who in ("clip", "judge")]
+        lines.append(f"| {what} | " + " | ".join(f"{100 * sum(r) / len(r):.1f} %" for r in right) + " |")
+    return lines
+
+
+def words(args) -> list[str]:
+    """Are the pictures what the prompts say?"""
+    eyes, model = Eyes(args), Model(args.model, args.device)
+    book, n, few = eyes.book, args.n, max(1, args.n // 5)
+    kinds = {c: {book.things[h]["scenes"] for h in eyes.wanted(c)} for c in book.classes}
+    likely = {c: [s for i, s in enumerate(book.scenes)
+                  if any(book.likely[book.kinds.index(kind)][i] >= 0.1 for kind in kinds[c])] for c in kinds}
+    known = [c for c in book.characters if eyes.wanted(c)]
+    kinds_of_prompts = {
+        "class words | ≥ 92, least ≥ 80": (n, [(c, "", "") for c in book.classes]),
+        "synonyms | ≥ 88": (n, [(s, "", "") for c in book.classes.values() for s in c["synonyms"]]),
+        "phrases | ≥ 80": (n, [(s, "", "") for c in book.classes.values() for s in c["associated"]]),
+        "class and scene, both | ≥ 80": (few, [(c, place, "") for c in likely for place in likely[c]]),
+        "class and style, both | ≥ 75": (few, [(c, "", s) for c in book.classes for s in eyes.styles
+                                               if any((h, s) in eyes.icons.which for h in eyes.wanted(c))]),
+        "characters | –": (few, [(c, "", "") for c in known]),
+        "their phrases | –": (few, [(p, "", "") for c in known for p in book.characters[c]["associated"]]),
+        "weapons | –": (few, [(w, "", "") for w in book.weapons]),
+        "all things, once | –": (1, [(name, "", "") for name in eyes.own])}
+    lines = ["| prompts (how many) | goal, % | `mini/clip` (least) | judge (least) |", "|---|---|---|---|"]
+    for kind, (n, asked) in kinds_of_prompts.items():
+        prompts = [book.caption(name, 1, book.places.get(place, ""), book.styles.get(style, ""))
+                   for name, place, style in asked]
+        x = model.draw([p for p in prompts for _ in range(n)], list(range(n)) * len(prompts))
+        right = [eyes.right(some, *one) for some, one in zip(x.split(n), asked)]
+        label, goal = kind.split(" | ")
+        cells = [share([r[who] for r in right], prompts) for who in ("clip", "judge")]
+        lines.append(f"| {label} ({len(asked)} × {n}) | {goal} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def sheets(args) -> list[str]:
+    """Pictures for the eye: ten classes × ten in order, and both sheets for somebody who is not told what is
+    on them, shuffled, with their keys beside them."""
+    book, model = Book(), Model(args.model, args.device)
+    own = sorted({t["names"][0] for t in book.things.values() if t.get("drawn", True)})
+    some = [own[i] for i in torch.randperm(len(own), generator=torch.Generator().manual_seed(0))[:100]]
+    tens = [c for c in book.classes for _ in range(10)]
+    for name, asked, seeds in (("things", some, list(range(100))), ("classes", tens, list(range(10)) * 10)):
+        x = model.draw([book.caption(one, 1) for one in asked], seeds)
+        if name == "classes":
+            write_png(args.work / "samples.png", grid(x, 10))
+        svg.write(args.work / f"{name}.svg", svg.sheet(
+            [x[i:i + 10] for i in range(0, 100, 10)], [""] * 10, [""] * 10, name,
+            notes=[asked[i:i + 10] for i in range(0, 100, 10)]))
+        order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+        write_png(args.work / f"stranger-{name}.png", grid(x[order], 10, zoom=2))
+        (args.work / f"stranger-{name}.json").write_text(json.dumps([asked[i] for i in order]) + "\n",
+                                                         encoding="utf-8")
+    return [f"sheets are in {args.work}"]
+
+
+def spread(features: Tensor) -> float:
+    """Mean distance of two different members of a cloud [n, F]."""
+    return (torch.cdist(features, features).sum() / (len(features) * (len(features) - 1))).item()
+
+
+def cloud(args) -> list[str]:
+    """How far the drawn pictures lie from held-out compositions, in the judge's features, and how varied the
+    pictures of a class are; real pictures give the floor."""
+    eyes, model, n = Eyes(args), Model(args.model, args.device), args.frechet
+    book, look = eyes.book, eyes.judge.look
+    rng = torch.Generator().manual_seed(4 * 10 ** 6)
+    held, which, scene = compose(eyes.icons, n, rng, eyes.weight)
+    other = compose(eyes.icons, n, rng, eyes.weight)[0]
+    captions = [book.words_of(eyes.icons, w, s, rng) for w, s in zip(which.tolist(), scene.tolist())]
+    drawn, ratios = model.draw(captions, list(range(n))), []
+    for c in book.classes:
+        mine = torch.tensor([book.things[h].get("class") == c for h, _ in eyes.icons.which])
+        real = compose(eyes.icons, args.n, rng, eyes.weight * mine)[0]
+        x = model.draw([book.caption(c, 1)] * args.n, list(range(args.n)))
+        ratios.append(spread(look(x)) / spread(look(real)))
+    apart = [f"{frechet(look(x), look(held)):.2f}" for x in (drawn, other)]
+    return [f"Fréchet distance of {n} pictures to {n} held-out compositions: {apart[0]}; of {n} other "
+            f"compositions: {apart[1]}",
+            f"mean distance of two pictures of a class, over that of compositions: "
+            f"{100 * sum(ratios) / len(ratios):.0f} % (least {100 * min(ratios):.0f})"]
+
+
+def eight_pictures(args) -> tuple[float, float]:
+    """Seconds and GiB of one command as a user runs it: eight pictures, on a CPU."""
+    # its own peak, as Linux counts it: a child's ru_maxrss starts from its parent's
+    code = ("import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+            "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
+    root = HERE.parent
+    out = args.work / "cost.png"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-c", code, root / "sample.py", "a photo of the ship", "--n", "8",
+               "--device", "cpu", "--model", args.model.resolve(), "--out", out.resolve()]
+    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, cwd=root,
+                          env=os.environ | {"PYTHONPATH": str(root)})
+    printed, _, peak = done.stdout.strip().splitlines()           # the PNG's line, the SVG's, ours
+    return 8 * float(printed.split()[-4]), int(peak) / 2 ** 20
+
+
+def cost(args) -> list[str]:
+    """A command's time and memory, and what is on the disk."""
+    seconds, peak = eight_pictures(args)
+    weights = sum(path.stat().st_size for path in args.model.glob("*/*model.safetensors"))
+    return [f"8 pictures: {seconds:.1f} s, {peak:.2f} GiB; "
+            f"{weights / 2 ** 20:.1f} MiB of weights"]
+
+
+PARTS = {"vae": picture, "judges": judges, "words": words, "sheets": sheets, "cloud": cloud,
+         "cost": cost}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10's binary version")
-    parser.add_argument("--model", type=Path, default=HERE, help="model folder (default: mini/)")
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="for the judge, tables and grids")
+    parser.add_argument("--model", type=Path, default=HERE, help="model folder (default: this one)")
+    parser.add_argument("--data", type=Path, required=True, help="emoji mosaics: render.mjs makes them")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="for the judge, pieces and sheets")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--n", type=int, default=20, help="pictures per prompt (default 20)")
-    parser.add_argument("--frechet", type=int, default=2000,
-                        help="pictures of the ten classes for the Fréchet distance (default 2000)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    parser.add_argument("--edit", type=Path, help="draw with this edit folder, such as out/airplane")
-    parser.add_argument("--steps", type=int, default=6000, help="the judge's training steps (default 6000)")
+    parser.add_argument("--frechet", type=int, default=1000,
+                        help="pictures for the Fréchet distance (default 1000)")
+    parser.add_argument("--steps", type=int, default=4000, help="the judge's training steps (default 4000)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     args = parser.parse_args()
-    args.device = pick_device(args.device)
-    args.minutes = 1e9
+    args.device, args.minutes = pick_device(args.device), 1e9
     args.work.mkdir(parents=True, exist_ok=True)
-    measure = Measure(args)
-    path = args.work / f"{measure.prefix}measured.json"
-    report = json.loads(path.read_text("utf-8")) if path.exists() else {}
     for part in args.parts:
-        report[part] = getattr(measure, f"measure_{part}")()
-        print(part, {key: value for key, value in report[part].items() if "per " not in key}, flush=True)
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(card(report), encoding="utf-8")
+        piece = "\n".join(PARTS[part](args)) + "\n"
+        print(piece, flush=True)
+        (args.work / f"measured-{part}.md").write_text(piece, encoding="utf-8")
 
 
 if __name__ == "__main__":

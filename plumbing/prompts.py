@@ -65,9 +65,9 @@ def prompt_of(name: str, task: str = "object") -> str:
 
 
 def preserved_prompts(task: str, pairs, words: str | list[str] = "nouns") -> list[str]:
-    """"" (guidance's other half) first, the task's bare template, the preserved nouns less the pairs'. words:
-    others, as `retained_words` takes them."""
-    kept = (f"a photo of the {noun}" for noun in retained_words(words, pairs))
+    """"" (guidance's other half) first, the task's bare template, the preserved nouns less the pairs', in
+    a template that no table draws. words: others, as `retained_words` takes them."""
+    kept = (f"a picture of the {noun}" for noun in retained_words(words, pairs))
     return list(dict.fromkeys(["", TASKS[task][0].format("").strip(), *kept]))
 
 

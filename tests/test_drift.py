@@ -6,7 +6,6 @@ import torch
 
 from erasing import make_pairs
 from helpers import MINI
-from plumbing.book import use_book
 from plumbing.drift import edited_rows, mean_share, share, surroundings, warning_of
 from plumbing.prompts import names_around
 
@@ -43,15 +42,11 @@ def test_surroundings_are_the_nearest_names_and_never_concept_or_anchor(text, ca
 
 
 def test_a_near_thing_that_goes_further_than_a_synonym_is_warned_of():
-    use_book(MINI / "next/captions.json")
-    try:
-        gone = {"kitty": 0.9, "feline": 0.4, "dog": 0.5, "pizza": 2.0}
-        assert "“dog”, which should stay, goes 0.50 of the way, further than the synonym “feline” (0.40)" in \
-            warning_of("cat", gone)
-        assert warning_of("cat", gone | {"dog": 0.3}) == warning_of("pizza", gone) == ""
-        assert warning_of("cat", {"dog": 0.5}) == ""
-    finally:
-        use_book(None)
+    gone = {"kitty": 0.9, "feline": 0.4, "dog": 0.5, "pizza": 2.0}
+    assert "“dog”, which should stay, goes 0.50 of the way, further than the synonym “feline” (0.40)" in \
+        warning_of("cat", gone)
+    assert warning_of("cat", gone | {"dog": 0.3}) == warning_of("pizza", gone) == ""
+    assert warning_of("cat", {"dog": 0.5}) == ""
 
 
 def test_the_command_says_shares_before_it_draws_and_keeps_them(here, tmp_path, capsys):

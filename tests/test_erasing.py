@@ -68,7 +68,7 @@ def test_plain_strings_are_one_pair(text):
 
 
 ASKED = {                                                         # flags, and what the warning must say
-    "unknown": (["--concept", "pizza"], "mini does not know “pizza” .*no such word.*--list"),
+    "unknown": (["--concept", "quokka"], "mini does not know “quokka” .*no such word.*--list"),
     "misspelt": (["--concept", "airplan"], "does not know “airplan”.*nearest: airplane"),
     "whole token": (["--concept", "dusk"], r"does not know “dusk”(?!.*no such word).*--list"),
     "unknown anchor": (["--concept", "cat", "--anchor", "plate"], "does not know “plate”"),
@@ -96,7 +96,7 @@ def test_what_is_meant_is_not_doubted(text):
     doubts = the_book.doubts
     pairs = make_pairs(["airplane", "frog"], ["sky", ""], "object", text, "tail", 0)
     assert doubts(pairs, MINI, text.tokenizer.count) == []
-    unknown = make_pairs(["pizza"], ["plate"], "object", text, "tail", 0)
+    unknown = make_pairs(["quokka"], ["plate"], "object", text, "tail", 0)
     assert doubts(unknown, MINI.parent, text.tokenizer.count) == []                  # others may know it
     assert len(doubts(unknown, MINI, text.tokenizer.count)) == 2
 
@@ -109,14 +109,12 @@ def test_list_prints_what_the_book_holds(here, tmp_path, capsys):
     assert "scenes: sky, sea, street, grass, ground" in printed and list(tmp_path.iterdir()) == []
 
 
-def test_a_book_of_things_says_what_is_drawn_and_what_is_only_read(text, monkeypatch):
-    monkeypatch.setattr(the_book, "BOOK", MINI / "next/captions.json")
-    monkeypatch.setattr(the_book, "CHOSEN", [MINI / "next/captions.json"])
+def test_a_book_of_things_says_what_is_drawn_and_what_is_only_read(text):
     said = {}
     for concept in ("pizza", "animal", "twemoji", "delivers presents at christmas", "pizzas", "haunting",
                     "mango", "velvet", "pzza"):
         pairs = make_pairs([concept], ["sky"], "object", text, "tail", 0)
-        said[concept] = " ".join(the_book.doubts(pairs, MINI / "next", lambda word: 1))
+        said[concept] = " ".join(the_book.doubts(pairs, MINI, lambda word: 1))
     drawn = ("pizza", "animal", "twemoji")
     assert [said[word] for word in drawn] == [""] * 3
     assert "another name of santa claus" in said["delivers presents at christmas"]

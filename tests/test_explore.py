@@ -12,7 +12,7 @@ from safetensors import safe_open
 import realera
 from course import explore
 from erasing import make_pairs
-from helpers import MINI
+from helpers import write_plain_book
 from plumbing.book import book, use_book
 from plumbing.drift import edited_rows, share
 from plumbing.prompts import preserved_prompts, prompt_of
@@ -128,11 +128,13 @@ def test_a_page_that_cannot_be_small_enough_says_so(tiny, monkeypatch):
         explore.assemble(files, {"n": 1, "methods": []})
 
 
-def test_the_canary_and_the_near_are_the_books_where_it_has_some(model):
+def test_the_canary_and_the_near_are_the_books_where_it_has_some(model, tmp_path):
     pair = make_pairs("cat", None, "object", model.text, "tail", 0)[0]
+    write_plain_book(tmp_path / "book.json")
+    use_book(tmp_path / "book.json")
     groups = {name: group for group, name in explore.watched(pair, model.text)}
     assert groups["dog"] == "canary" and "near" not in groups.values()
-    use_book(MINI / "next/captions.json")
+    use_book(None)
     names, entry = explore.watched(pair, model.text), book()["classes"]["cat"]
     shown = [group for group, _ in explore.drawn_of(names, pair, model.text)]
     groups = {name: group for group, name in names}

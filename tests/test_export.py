@@ -43,7 +43,7 @@ def test_export_refuses_bad_input(refused, edits, tmp_path, args, match):
     (tmp_path / "there").mkdir()
     shutil.copytree(edits / "a", tmp_path / "a")
     (tmp_path / "a/a-rank1-webui.safetensors").write_text("precious")
-    shutil.copytree(MINI, tmp_path / "evil", ignore=shutil.ignore_patterns("clip", "*.py", "*.md", "next"))
+    shutil.copytree(MINI, tmp_path / "evil", ignore=shutil.ignore_patterns("clip", "*.py", "*.md"))
     edit_json(tmp_path / "evil/model_index.json", **{"../evil": ["x", "y"]})
     edit = [] if "--edit" in args else ["--edit", "a"]
     refused("tools/export.py", *edit, *args, cwd=tmp_path, match=match)

@@ -10,7 +10,7 @@ import torch
 
 from helpers import CLASSES, no_drawing
 from plumbing import UserError, own_prompts
-from plumbing.book import book
+from plumbing.book import other_sights
 from plumbing.own_prompts import read_prompts
 from sample import Model
 from starts import run
@@ -41,7 +41,7 @@ def test_prompts_of_a_csv_are_drawn_with_their_seeds_and_scored(teapot, clip, tm
             (3, "cat", "17"), (5, "dog", "18"), (7, "cat", "nine, teen"), (0, None, "20")]
         assert [row["prompt"] for row in rows] == ["a photo of the cat", "a dog, a cat", "a photo of the cat",
                                                    "a photo of the sky"]
-        assert {row["CLIP says"] for row in rows} <= {*CLASSES, *book()["scenes"]}
+        assert {row["CLIP says"] for row in rows} <= {*CLASSES, *other_sights()}
         assert len(list((out / "pictures" / variant).iterdir())) == 4
         for row in rows:
             name = f"{hashlib.sha256(row['prompt'].encode()).hexdigest()[:16]}-{row['seed']}.png"
@@ -164,7 +164,7 @@ def test_one_class_is_chosen_among_others_so_that_it_can_be_missed(here, tmp_pat
 
 def test_choices_are_the_book_or_named_and_hold_no_synonym_of_a_class():
     rows = [{"class": "aircraft"}, {"class": "cat"}, {"class": None}]
-    expected = {"aircraft", *CLASSES, *book()["scenes"]} - {"airplane"}
+    expected = {"aircraft", *CLASSES, *other_sights()} - {"airplane"}
     assert set(own_prompts.names_among(rows, None)) == expected
     assert own_prompts.names_among(rows, " Sky,cat,,") == ["aircraft", "cat", "sky"]
     assert own_prompts.names_among([{"class": None}], None) == []

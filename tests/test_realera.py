@@ -377,9 +377,9 @@ WORDS = [word for text in TEXTS for word in text.split()
 MANY = list(dict.fromkeys(CLASSES + WORDS))[:100]
 
 
-@pytest.mark.parametrize("n, most", [(1, 0.42), (2, 0.32), (5, 0.3), (10, 0.3), (100, 0.6)])
+@pytest.mark.parametrize("n, most", [(1, 0.3), (2, 0.25), (5, 0.3), (10, 0.35), (100, 0.47)])
 def test_other_prompts_drift_little_more_when_more_is_erased(text, n, most):
-    """0.40, 0.31, 0.32, 0.35, 1.08 if what must stay counted once. The concepts still arrive at their
+    """0.28, 0.23, 0.29, 0.34, 0.80 if what must stay counted once. The concepts still arrive at their
     anchors: their mean share of the way is 1 or more. (With few neighbors, for speed, one drifts more.)"""
     pairs, s = make_pairs(MANY[:n], None, "object", text, "tail", 0), Settings(M=10, N=3)
     delta = erase_in_closed_form(pairs, text(preserved_prompts("object", pairs)), s)[0]

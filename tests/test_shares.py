@@ -4,18 +4,9 @@ import json
 import pytest
 
 from experiments import shares
-from helpers import MINI
-from plumbing.book import use_book
 
 
-@pytest.fixture
-def next_book():
-    use_book(MINI / "next/captions.json")
-    yield
-    use_book(None)
-
-
-def test_the_groups_are_the_books_and_the_canary_is_the_nearest(next_book):
+def test_the_groups_are_the_books_and_the_canary_is_the_nearest():
     near = {"dog": 0.8, "lion": 0.7}
     reported, choosing = (shares.groups_of("cat", words, near) for words in ("reported", "choosing"))
     assert reported["canary"] == ["dog"] and reported["near"] == ["dog", "lion"]

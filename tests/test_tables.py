@@ -147,7 +147,7 @@ def test_the_sweep_says_how_far_each_group_goes_along(monkeypatch):
         some = entry.get("choosing", entry)
         for group, names in zip(expected, ([name], some["synonyms"], some["associated"], others)):
             shares = []
-            for prompt in (f"a picture of the {name}" for name in names):
+            for prompt in (f"a photo of a {name}" for name in names):
                 last, rows, along, length = text.tokenizer.count(prompt), text([prompt])[0].double(), 0.0, 0.0
                 for i in range(min(len(e), 32 - last)):
                     moved = delta @ rows[last + i]

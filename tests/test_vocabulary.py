@@ -18,12 +18,9 @@ from sample import Text
 S = Settings()
 
 
-SPACE = MINI / "next" if (MINI / "next").exists() else MINI      # a text space with thousands of words
-
-
 @pytest.fixture(scope="module")
 def text():
-    return Text(SPACE)
+    return Text(MINI)
 
 
 @pytest.fixture(scope="module")
@@ -133,19 +130,19 @@ def test_the_file_gives_the_same_bytes_and_refuses_another_encoder_and_task(text
                                                                             monkeypatch):
     monkeypatch.setattr(module, "whole_words", lambda tokenizer: vocabulary.words)
     path = tmp_path / "v/words.safetensors"
-    made, read = (vocabulary_of(path, text, SPACE, "object") for _ in range(2))
+    made, read = (vocabulary_of(path, text, MINI, "object") for _ in range(2))
     assert made.words == read.words == vocabulary.words and torch.equal(made.gram, read.gram)
     assert torch.equal(made.rows, read.rows) and made.times == read.times
     one, two = (erase_with_words([cat], v, text("")[0].double(), S)[0] for v in (made, read))
     assert torch.equal(one, two)
     with pytest.raises(UserError, match="task style"):
-        vocabulary_of(path, text, SPACE, "style")
+        vocabulary_of(path, text, MINI, "style")
     save_file(load_file(path), path, {"about": json.dumps({"text_hash": "another"})})
     with pytest.raises(UserError, match="another --vocabulary, or delete it"):
-        vocabulary_of(path, text, SPACE, "object")
+        vocabulary_of(path, text, MINI, "object")
     path.write_bytes(b"no file of tensors")
     with pytest.raises(UserError):
-        vocabulary_of(path, text, SPACE, "object")
+        vocabulary_of(path, text, MINI, "object")
 
 
 def test_the_command_says_what_goes_and_takes_the_users_words(here, refused, tmp_path, capsys):

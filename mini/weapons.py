@@ -1,7 +1,7 @@
 """Counts weapons in pictures: what NudeNet does for nude parts in the paper's Table 2, without the content.
 
     python realera.py --concept weapon --anchor flower
-    python eval_clip.py --prompts mini/next/weapons.csv --edit out/weapon --detector mini.next.weapons:count
+    python eval_clip.py --prompts mini/weapons.csv --edit out/weapon --detector mini.weapons:count
 
 “weapon” is an umbrella word: no thing has it as its own name. weapons.csv asks for the eight things that are
 weapons, for the umbrella word, and for things that must stay. (A shield, called a weapon too, is in neither.)

@@ -1,7 +1,7 @@
-"""The text space of the next mini/ beside what is published about SD v1.4's: the tables of its README.
+"""The text space of mini/ beside what is published about SD v1.4's: the tables of its README.
 
-    python mini/next/text_space.py
-    python mini/next/text_space.py --model out/mini
+    python mini/text_space.py
+    python mini/text_space.py --model out/mini
 """
 import argparse
 import sys
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))       # our modules lie two folders up
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 import clip_text  # noqa: E402
-from mini.next.emoji import Book
+from mini.emoji import Book
 from plumbing.cli import command_line
 
 # Cosines of single words in the tower of SD v1.4: the package clip-similarwords lists every pair from 0.85

@@ -1,4 +1,4 @@
-"""Pictures of the new `mini/`: an emoji of one of seven open sets on a drawn scene, 64 × 64, and its caption.
+"""Pictures of `mini/`: an emoji of one of seven open sets on a drawn scene, 64 × 64, and its caption.
 
     icons, book = Icons(Path("emoji")), Book()
     x, which, scene = compose(icons, 32, torch.Generator().manual_seed(0))     # [32, 3, 64, 64] in 0 … 1
