@@ -210,11 +210,11 @@ def outcomes(clip: CLIP, concept: str, found: dict[Picture, Tensor], seeds: rang
              task: str = "object", erased=()) -> dict[str, dict]:
     """What CLIP says, by way of counting and group: {"top-1": {"e": [pictures], "s": …}, …}.
 
-    top-1 and probability choose among classes, other things and scenes: a choice without "none of them" calls
-    plain sky an airplane. "ten-way" chooses among the classes alone, and
-    "ten-way probability", what the paper prints, is the softmax there. Celebrities are chosen among the five
-    and "a person"; the paper's own judge, GCD, is a --detector. Styles are scored by the cosine with "an
-    artwork by …", also where the prompt was another (the paper is silent)."""
+    top-1 and probability choose among classes, other things and scenes: a choice without "none of them" may
+    call plain sky an airplane. "ten-way" chooses among the classes alone, and "ten-way probability", what the
+    paper prints, is the softmax there. Celebrities are chosen among the five and "a person"; the paper's own
+    judge, GCD, is a --detector. Styles are scored by the cosine with "an artwork by …", also where the prompt
+    was another (the paper is silent)."""
     names, prompts = choices(task, concept)
     text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()        # [names, P]
     counted: dict[str, dict] = {}

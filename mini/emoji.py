@@ -7,7 +7,6 @@
 The folder holds a mosaic of 64 × 64 RGBA pictures per set, 32 in a row, and `sets.json` with their order:
 `render.mjs` makes it. `captions.json` (the book) says what each picture may be called.
 """
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plumbing import UserError
+from plumbing.book import drawn_things
+from plumbing.disk import read_json
 
 HERE = Path(__file__).resolve().parent
 SIZE = 64
@@ -26,7 +27,7 @@ class Book:
     """captions.json. `names`: everything that names a picture; `words`: everyday words that name none."""
 
     def __init__(self, path: Path = HERE / "captions.json"):
-        book = json.loads(path.read_text("utf-8"))
+        book = read_json(path)
         self.things, self.classes, self.places = book["things"], book["classes"], book["places"]
         self.scenes, self.styles, self.templates = book["scenes"], book["styles"], book["templates"]
         self.characters, self.weapons = book["characters"], book["weapons"]
@@ -37,6 +38,7 @@ class Book:
                         for p in c["associated"] + c["choosing"]["associated"]}
         self.phrases |= {p for c in self.characters.values() for p in c["associated"] + c["choosing"]}
         self.called = {h: self.calls(h, t) for h, t in self.things.items()}    # emoji -> {name: share}
+        self.own = sorted(drawn_things(book))                     # own names of what the U-Net learns
         self.names = sorted({name for share in self.called.values() for name in share})
         self.words = [word for word in book["words"] if word not in self.names]
 
@@ -104,9 +106,11 @@ class Icons:
     def __init__(self, folder: Path, book: Book, without: str | None = None):
         if without and without not in book.classes:
             raise UserError(f"--without {without}: the book has {', '.join(book.classes)}")
+        if not (folder / "sets.json").is_file():
+            raise UserError(f"--data {folder}: no sets.json there; mini/render.mjs makes that folder")
         from PIL import Image                                     # training alone reads PNG files
         self.book, self.which, mosaics = book, [], []
-        for name, entry in json.loads((folder / "sets.json").read_text("utf-8"))["sets"].items():
+        for name, entry in read_json(folder / "sets.json")["sets"].items():
             mosaic = np.asarray(Image.open(folder / f"{name}.png").convert("RGBA"))
             tiles = mosaic.reshape(len(mosaic) // SIZE, SIZE, 32, SIZE, 4).swapaxes(1, 2)
             tiles = tiles.reshape(-1, SIZE, SIZE, 4)

@@ -208,8 +208,8 @@ def sheets(args) -> list[str]:
     """Pictures for the eye: ten classes × ten in order, and both sheets for somebody who is not told what is
     on them, shuffled, with their keys beside them."""
     book, model = Book(), Model(args.model, args.device)
-    own = sorted({t["names"][0] for t in book.things.values() if t.get("drawn", True)})
-    some = [own[i] for i in torch.randperm(len(own), generator=torch.Generator().manual_seed(0))[:100]]
+    lot = torch.randperm(len(book.own), generator=torch.Generator().manual_seed(0))
+    some = [book.own[i] for i in lot[:100]]
     tens = [c for c in book.classes for _ in range(10)]
     for name, asked, seeds in (("things", some, list(range(100))), ("classes", tens, list(range(10)) * 10)):
         x = model.draw([book.caption(one, 1) for one in asked], seeds)

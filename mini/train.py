@@ -613,10 +613,9 @@ def train_clip(args, recipe: Recipe) -> bool:
         ids = ids[:, :int(ids.argmax(1).max()) + 1].to(args.device)
         return clip.text_model(ids)[torch.arange(len(ids)), ids.argmax(1)]
 
-    own = sorted({t["names"][0] for t in book.things.values() if t.get("drawn", True)})
-    right = torch.tensor([[name in book.called[h] or name == book.things[h].get("class") for name in own]
-                          for h, _ in icons.which]).float()       # [icons, names]: which name fits
-    of_names = states([f"a photo of the {name}" for name in own])
+    right = torch.tensor([[name in book.called[h] or name == book.things[h].get("class")
+                           for name in book.own] for h, _ in icons.which]).float()   # [icons, names that fit]
+    of_names = states([f"a photo of the {name}" for name in book.own])
 
     def loss(rng: torch.Generator, step: int) -> Tensor:
         x, which, scene = compose(icons, recipe.clip_batch, rng, weight)
@@ -638,8 +637,8 @@ def train_clip(args, recipe: Recipe) -> bool:
     @torch.no_grad()
     def score(model: eval_clip.CLIP) -> float:                    # zero-shot top-1 among all things
         words = F.normalize(model.text_projection(of_names), dim=-1)
-        best = torch.cat([model.image_features(model.preprocess(b.to(args.device))) for b in x.split(100)])
-        return right[which, (best @ words.T).argmax(1).cpu()].mean().item()
+        seen = torch.cat([model.image_features(model.preprocess(b.to(args.device))) for b in x.split(100)])
+        return right[which, (seen @ words.T).argmax(1).cpu()].mean().item()
 
     run = Run("clip", clip, recipe.clip_steps, 1e-3, 0.05, args, decays=(0.998,),
               muon=("vision_model.encoder",))
@@ -659,7 +658,7 @@ def train_clip(args, recipe: Recipe) -> bool:
         "resample": 3, "do_center_crop": True, "crop_size": {"height": SIZE, "width": SIZE},
         "do_normalize": True, "image_mean": eval_clip.MEAN.flatten().tolist(),
         "image_std": eval_clip.STD.flatten().tolist()})
-    print(f"clip: zero-shot top-1 among {len(own)} things {score(model):.1%}")
+    print(f"clip: zero-shot top-1 among {len(book.own)} things {score(model):.1%}")
     return finished
 
 

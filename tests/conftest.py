@@ -131,7 +131,7 @@ def clip():
 def broken(tmp_path):
     """A copy of mini/ to damage (without its CLIP, which erasing does not need)."""
     shutil.copytree(MINI, tmp_path / "model",
-                    ignore=shutil.ignore_patterns("clip", "work", "*.py", "*.png", "*.md"))
+                    ignore=shutil.ignore_patterns("clip", "work", "*.py", "*.jpg", "*.md"))
     return tmp_path / "model"
 
 

@@ -371,7 +371,7 @@ def write_plain_book(path):
 
 def write_narrow(folder):
     """mini/ with a U-Net and a VAE of as many layers, but narrow and random; a picture takes one step."""
-    without = shutil.ignore_patterns("unet", "vae", "work", "*.py", "*.mjs", "weapons.csv", "*.md", "*.svg", "*.png")
+    without = shutil.ignore_patterns("unet", "vae", "work", "*.py", "*.mjs", "*.csv", "*.md", "*.jpg")
     shutil.copytree(MINI, folder, ignore=without, dirs_exist_ok=True)
     edit_json(folder / "defaults.json", steps=1)
     for part, make, width in (("unet", theirs_unet, 16), ("vae", theirs_vae, 8)):

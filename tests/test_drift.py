@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from erasing import make_pairs
-from helpers import MINI
 from plumbing.drift import edited_rows, mean_share, share, surroundings, warning_of
 from plumbing.prompts import names_around
 

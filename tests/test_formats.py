@@ -24,7 +24,7 @@ from unet import UNet
 @pytest.fixture
 def model(tmp_path):
     """A copy of mini/ without its CLIP, where the hub's cache would have it."""
-    without = shutil.ignore_patterns("clip", "work", "*.py", "*.png", "*.md", "*.svg")
+    without = shutil.ignore_patterns("clip", "work", "*.py", "*.jpg", "*.md")
     return Path(shutil.copytree(MINI, tmp_path / "models--some--mini/snapshots/0123", ignore=without))
 
 

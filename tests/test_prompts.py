@@ -29,7 +29,7 @@ def test_what_must_stay_leaves_out_plurals_of_what_is_erased(text):
     assert not {f"a picture of the {noun}" for noun in ("airplane", "bridge", "grass")} & set(kept)
     assert len(kept) == 2 + len({*nouns("preserved")} - {"airplane", "bridge", "grass"})
     others = preserved_prompts("object", pairs, ["airplane", "pizza", "grass", "sky"])
-    assert others[2:] == ["a picture of the pizza"]                 # of another list, too
+    assert others[2:] == ["a picture of the pizza"]               # of another list, too
     for a, b, same in (("bus", "buses", True), ("sky", "skies", True), ("house", "houses", True),
                        ("cat", "car", False), ("sea", "seal", False), ("lamp", "lamp", True)):
         assert same_word(a, b) == same_word(b, a) == same
@@ -86,7 +86,7 @@ def test_bystanders_are_drawn_and_measured_by_nobody(tmp_path):
     drawn = {thing["names"][0] for thing in read_json(BOOK)["things"].values() if thing.get("drawn", True)}
     found = bystanders()
     assert len(found) > 100 and {*found} < drawn and "apple" in found
-    assert not {"cat", "dog", "tiger", "helicopter", "truck"} & {*found}             # class, stay, disputed, far
+    assert not {"cat", "dog", "tiger", "helicopter", "truck"} & {*found}         # class, stay, disputed, far
     write_plain_book(tmp_path / "book.json")
     try:
         use_book(tmp_path / "book.json")
@@ -104,7 +104,7 @@ def test_a_style_of_the_book_stands_among_the_books_and_its_anchor_is_no_style(t
     assert groups["e"][0] == ("twemoji", "an artwork by twemoji", 0)
     assert groups["g"][0] == ("twemoji", "a photo of the airplane by twemoji", 0)
     assert {prompt for _, prompt, _ in groups["s"]} == {
-        f"an artwork by {name}" for name in read_json(MINI / "captions.json")["styles"].values()
+        f"an artwork by {name}" for name in read_json(BOOK)["styles"].values()
         if name != "twemoji"}
     names, asked = prompts.choices("style", "twemoji")
     assert len(names) == 7 and asked[7:] == ["an artwork"] and names_around([pair], "style") == names

@@ -234,6 +234,11 @@ def test_checkpoints_that_do_not_fit_or_are_damaged_are_named(tmp_path):
         toy_run(tmp_path)
 
 
+def test_missing_data_is_one_clear_line(refused, tmp_path):
+    refused("mini/train.py", "--data", tmp_path, "--out", "o", "--work", tmp_path, "--stage", "vae",
+            cwd=tmp_path, match="--data .*: no sets.json there; mini/render.mjs makes that folder")
+
+
 def test_held_out_scores_are_kept_with_the_checkpoint(tmp_path):
     assert [step for step, _ in toy_run(tmp_path).scores] == list(range(1, 9))
     assert len(toy_run(tmp_path).scores) == 8                     # done: none is added
