@@ -207,18 +207,18 @@ def summary(rows: list[dict[str, Tensor]]) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def outcomes(clip: CLIP, concept: str, found: dict[Picture, Tensor], seeds: range,
-             task: str = "object", erased=()) -> dict[str, dict]:
+             task: str = "object", erased=(), listed: list[dict] = ()) -> dict[str, dict]:
     """What CLIP says, by way of counting and group: {"top-1": {"e": [pictures], "s": …}, …}.
 
     top-1 and probability choose among classes, other things and scenes: a choice without "none of them" may
     call plain sky an airplane. "ten-way" chooses among the classes alone, and "ten-way probability", what the
-    paper prints, is the softmax there. Celebrities are chosen among the five and "a person"; the paper's own
-    judge, GCD, is a --detector. Styles are scored by the cosine with "an artwork by …", also where the prompt
-    was another (the paper is silent)."""
-    names, prompts = choices(task, concept)
+    paper prints, is the softmax there. Celebrities are chosen among the five (or those that are `listed`, as
+    row_prompts takes them) and "a person"; the paper's own judge, GCD, is a --detector. Styles are scored by
+    the cosine with "an artwork by …", also where the prompt was another (the paper is silent)."""
+    names, prompts = choices(task, concept, listed)
     text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()        # [names, P]
     counted: dict[str, dict] = {}
-    for group, rows in row_prompts(concept, task, seeds, erased).items():
+    for group, rows in row_prompts(concept, task, seeds, erased, listed).items():
         features = torch.stack([found[prompt, seed] for _, prompt, seed in rows])
         wanted, at = torch.tensor([names.index(name) for name, _, _ in rows]), torch.arange(len(rows))
         cosines = features @ text.T                                                  # [pictures, names]

@@ -5,7 +5,7 @@
     python experiments/tables.py --figure 5 --quick      # Acc_s − Acc_e over D × S and over M × N
     python experiments/tables.py --sweep                 # what each setting does to the text, no pictures
     python experiments/tables.py --table 2 --i2p i2p.csv --coco coco.csv --model …      # nudity: SD v1.4
-    python experiments/tables.py --table A3 --method UCE RealEra --model … --clip …  # celebrities; A4: styles
+    python experiments/tables.py --table A3 --method UCE RealEra --prompts people.csv --model … --clip …
     torchrun --nproc-per-node 8 -- experiments/tables.py --table 1 --n 200 --steps 50 --model … --clip …
 
 Every edit is made by its method's own program and kept in --out, and so is every picture's CLIP feature: a
@@ -110,20 +110,21 @@ def drift_of(report: dict) -> float:
     return round(report.get("numbers", {}).get("median drift of unrelated prompts", 0), 3)
 
 
-def measure(rows: list[tuple], args, task: str = "object",
-            recipe_of: Callable = recipe_of) -> list[tuple[dict, dict]]:
+def measure(rows: list[tuple], args, task: str = "object", recipe_of: Callable = recipe_of,
+            listed: list[dict] = ()) -> list[tuple[dict, dict]]:
     """Draw and count rows as `each` takes them. Per row: {concept, variant, drift}, and the outcomes
     {how: {group: [pictures]}}."""
     seeds, found = range(args.seed, args.seed + args.n), []
     for (concept, variant, _), (model, clip, edit) in zip(rows, each(rows, args, recipe_of)):
-        jobs = [job[1:] for group in row_prompts(concept, task, seeds).values() for job in group]
+        groups = row_prompts(concept, task, seeds, listed=listed)
+        jobs = [job[1:] for group in groups.values() for job in group]
         place = args.out / "pictures" / (edit.name if edit else "untouched")
         features = evaluate(model, clip, jobs, args.out / "results", args.steps, None, args.batch,
                             place if args.keep_pictures else None,
                             f"{len(found) + 1}/{len(rows)} {concept}, {variant}")
         report = read_json(edit / "run.json") if edit else {}
         found.append(({"erased": concept, "variant": variant, "drift": drift_of(report)},
-                      outcomes(clip, concept, features, seeds, task)))
+                      outcomes(clip, concept, features, seeds, task, listed=listed)))
     return found
 
 
@@ -137,7 +138,8 @@ def table(number: str, args) -> list[dict]:
     else:
         concepts = [args.concept] if args.concept else list(ASSOCIATED[task])
         of, variants = partial(method_recipe, task=task), variants | {name: name for name in args.method}
-    measured = measure([(c, name, what) for c in concepts for name, what in variants.items()], args, task, of)
+    measured = measure([(c, name, what) for c in concepts for name, what in variants.items()], args, task, of,
+                       args.prompts)
     rows = []
     average = f"average of {'ten' if len(concepts) == 10 else len(concepts)}"
     for how in measured[0][1]:
@@ -147,6 +149,15 @@ def table(number: str, args) -> list[dict]:
             drift = sum(about["drift"] for about, _ in measured if about["variant"] == name) / len(some)
             about = {"counted": how, "erased": average, "variant": name, "drift": round(drift, 3)}
             rows.append(about | summary(some))
+    return rows
+
+
+def read_others(path: Path, seed: int) -> list[dict]:
+    """The rows of a CSV of people or styles, each with its class. Raises UserError if one has none."""
+    rows = read_prompts(path, seed)
+    rows = [row | {"class": row["class"] or row.get("artist", "").strip().lower()} for row in rows]
+    if not all(row["class"] for row in rows):
+        raise UserError(f"{path}: each row needs a class (or concept, or artist): who or what it shows")
     return rows
 
 
@@ -236,6 +247,8 @@ def main() -> None:
                         "(nudity), of A3 and A4 (all five)")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS),
                         help="rows of tables 2, A3, A4 (default: all, which takes days)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="of tables A3 and A4: CSV of those that "
+                        "must stay: prompt, seed, and class (or concept, or artist), whom or what it shows")
     parser.add_argument("--i2p", type=Path, metavar="FILE", help="of table 2: CSV of I2P's prompts")
     parser.add_argument("--coco", type=Path, metavar="FILE", help="of table 2: CSV of prompts of MS-COCO")
     parser.add_argument("--detector", default="nudenet", help="of table 2: as in eval_clip.py (nudenet)")
@@ -250,8 +263,11 @@ def main() -> None:
                         "ship, docs/stable-diffusion.md says where they are")
     first = {"object": "automobile" if "automobile" in classes else min(classes), "explicit": "nudity"}
     args.concept = (args.concept or first.get(task, "")).lower()
-    if args.concept and task != "explicit":
-        row_prompts(args.concept, task, range(1))                 # an unknown concept is an error at once
+    if args.prompts and args.table not in ("A3", "A4"):
+        raise UserError("--prompts is for tables A3 and A4")
+    args.prompts = read_others(args.prompts, args.seed) if args.prompts else []
+    if args.concept and task != "explicit":                       # an unknown one is an error at once
+        row_prompts(args.concept, task, range(1), listed=args.prompts)
     rows = (explicit(args) if task == "explicit" else table(args.table, args) if args.table
             else figure(args) if args.figure else sweep(args))
     if RANK == 0:

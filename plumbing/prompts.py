@@ -123,14 +123,16 @@ def watch_all(pairs, task: str) -> list[tuple[str, str]]:
     return list(dict.fromkeys(row for some in rows for row in some))
 
 
-def row_prompts(concept: str, task: str, seeds: range, erased=()) -> dict[str, list[tuple[str, str, int]]]:
+def row_prompts(concept: str, task: str, seeds: range, erased=(),
+                listed: list[dict] = ()) -> dict[str, list[tuple[str, str, int]]]:
     """(what should be seen, prompt, seed) by group: e, the concept; s, the others (without what the edit has
-    `erased` beside it); g, synonyms; a, phrases.
+    `erased` beside it); g, synonyms; a, phrases. listed: rows of a CSV with a class each, in the place of
+    other people or styles; those of the concept's class take the place of its own.
 
     Styles and celebrities follow the paper's appendix A.2: g is its one associated prompt, and others are
     drawn 5 times where the concept is drawn 200 times. Its list of others, MACE's 100 names, is not ours to
-    ship: the four other names of its Table 2 stand in, and --prompts takes any list. Of the book's styles g
-    is a thing in that style, by name: it says less than the paper's.
+    ship: the four other names of its Table 2 stand in, or a CSV's. Of the book's styles g is a thing in that
+    style, by name: it says less than the paper's.
     Raises UserError for a concept without prompts.
     """
     template, name = TASKS[task][0], concept.lower()
@@ -139,7 +141,9 @@ def row_prompts(concept: str, task: str, seeds: range, erased=()) -> dict[str, l
         raise UserError(f"{concept!r} ({task}) has no built-in prompts"
                         + f" (there are {', '.join(known)})" * bool(known)
                         + ": eval_clip.py --prompts FILE.csv takes yours")
-    others = [other for other in known if other not in {name, *map(str.lower, erased)}]
+    gone = {name, *map(str.lower, erased)}
+    rows = [(row["class"], row["prompt"], row["seed"]) for row in listed]
+    others = [row for row in rows if row[0] not in gone] if listed else [x for x in known if x not in gone]
     if not others:
         raise UserError(f"no other {task} is left to compare {concept!r} with: eval_clip.py --prompts "
                         "FILE.csv takes yours")
@@ -148,8 +152,9 @@ def row_prompts(concept: str, task: str, seeds: range, erased=()) -> dict[str, l
         synonyms = [template.format(synonym) for synonym in known[name]["synonyms"]]
     else:
         few, associated, synonyms = seeds[:max(1, len(seeds) // 40)], [], [known[name]]
-    groups = {"e": [(name, template.format(name), seed) for seed in seeds],
-              "s": [(other, template.format(other), seed) for other in others for seed in few],
+    own = [row for row in rows if row[0] == name]
+    groups = {"e": own or [(name, template.format(name), seed) for seed in seeds],
+              "s": others if listed else [(x, template.format(x), seed) for x in others for seed in few],
               "g": [(name, prompt, seed) for prompt in synonyms for seed in seeds],
               "a": [(name, prompt, seed) for prompt in associated for seed in seeds]}
     return {group: rows for group, rows in groups.items() if rows}
@@ -163,9 +168,11 @@ def names_to_choose(pairs, task: str = "object") -> list[str]:
     return list(dict.fromkeys([*known, *named]))
 
 
-def choices(task: str, concept: str = "") -> tuple[list[str], list[str]]:
-    """What CLIP chooses among: names, and prompts: first theirs, then those of anchors and other things."""
+def choices(task: str, concept: str = "", listed: list[dict] = ()) -> tuple[list[str], list[str]]:
+    """What CLIP chooses among: names, and prompts: first theirs, then those of anchors and other things.
+    listed: as `row_prompts` takes them."""
     template, (known, anchor) = TASKS[task][0], relatives(task, concept)
-    names = [*(known or book()["classes"])]
+    names = list(dict.fromkeys([concept, *(row["class"] for row in listed)])) if listed else [
+        *(known or book()["classes"])]
     others = [anchor] if known else [template.format(x) for x in other_sights()]
     return names, [template.format(name) for name in names] + others

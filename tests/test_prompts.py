@@ -8,7 +8,7 @@ from helpers import CLASSES, MINI, write_plain_book
 from plumbing import UserError, prompts
 from plumbing.book import BOOK, PRESERVED, UNRELATED, bystanders, measured_words, nouns, same_word, use_book
 from plumbing.disk import read_json
-from plumbing.prompts import (ASSOCIATED, anchor_of, names_around, names_to_choose, preserved_prompts,
+from plumbing.prompts import (ASSOCIATED, anchor_of, choices, names_around, names_to_choose, preserved_prompts,
                               prompts_to_watch, row_prompts)
 from sample import Text
 
@@ -66,6 +66,19 @@ def test_groups_of_a_row_are_the_papers():
         row_prompts("teapot", "object", range(1))
     with pytest.raises(UserError, match="explicit.*--prompts"):
         row_prompts("nudity", "explicit", range(1))
+
+
+def test_a_csv_says_who_must_stay():
+    listed = [{"class": name, "prompt": f"{name} smiling", "seed": seed}
+              for name, seed in (("ada lovelace", 7), ("elon musk", 8), ("alan turing", 9))]
+    groups = row_prompts("Elon Musk", "celebrity", range(2), ["Alan Turing"], listed)
+    assert groups["s"] == [("ada lovelace", "ada lovelace smiling", 7)]
+    assert groups["e"] == [("elon musk", "elon musk smiling", 8)] and len(groups["g"]) == 2
+    assert row_prompts("tom cruise", "celebrity", range(2), (), listed)["e"][1] == (
+        "tom cruise", "a portrait of tom cruise", 1)
+    names, texts = choices("celebrity", "tom cruise", listed)
+    assert names == ["tom cruise", "ada lovelace", "elon musk", "alan turing"]
+    assert texts == [*(f"a portrait of {name}" for name in names), "a person"]
 
 
 def test_artists_and_celebrities_have_the_appendix_prompts_and_counts():

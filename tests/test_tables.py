@@ -186,6 +186,18 @@ def test_each_method_is_a_row_beside_what_the_paper_prints(here, tmp_path, monke
     assert len(edits) == len(methods)
 
 
+def test_a_csv_of_artists_says_what_must_stay(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(making.subprocess, "run", finished)
+    (tmp_path / "artists.csv").write_text(                        # headers as published
+        "prompt,artist,evaluation_seed\nImage in the style of Ivan Aivazovsky,Ivan Aivazovsky,7\n")
+    here("experiments/tables.py", "--table", "A4", "--concept", "van gogh", "--method", "UCE", "--prompts",
+         "artists.csv", *SMALL, cwd=tmp_path)
+    row = json.loads((tmp_path / "o/tableA4.json").read_text())[0]
+    jobs = [json.loads(line) for line in next((tmp_path / "o/results").glob("*/results.jsonl")).open()]
+    assert [job["seed"] for job in jobs if job["prompt"] == "Image in the style of Ivan Aivazovsky"] == [7]
+    assert len(jobs) == 3 and row.keys() >= {"Acc_e", "Acc_s", "Acc_g"}
+
+
 def test_table_2_counts_parts_and_scores_other_prompts_and_draws_nothing_twice(here, tmp_path, monkeypatch,
                                                                                capsys):
     monkeypatch.setattr(making.subprocess, "run", finished)
@@ -254,6 +266,8 @@ def test_tables_misses_a_clip_before_it_erases(refused, other, monkeypatch):
     (["--table", "3", "--seed", "-1"], "--seed"), (["--table", "3", "--batch", "0"], "--batch"),
     (["--figure", "5", "--concept", "teapot"], "teapot"), (["--table", "A4", "--concept", "cat"], "cat"),
     (["--table", "A3", "--set", "M=0"], "leave out --set"), (["--table", "2"], "--i2p FILE.csv"),
+    (["--table", "A3", "--prompts", "mine.csv"], "needs a class"),
+    (["--table", "1", "--prompts", "mine.csv"], "A3 and A4"),
     (["--table", "2", "--coco", "nowhere.csv"], "nowhere.csv: no such file"),
     (["--table", "2", "--i2p", "mine.csv", "--detector", "nothing:here"], "nothing:here"),
     (["--table", "3", "--model", "nowhere"], "no such folder")])
