@@ -41,7 +41,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import make_pairs
-from eval_clip import harmonic
 from experiments.rows import ANCHOR, MINING, RANDOM, ROWS, TRAINED, names_of
 from experiments.shares import groups_of, near_things
 from experiments.tables import NOISE, drift_of, each
@@ -117,8 +116,8 @@ def measure(cells: list[tuple], words: str, seeds: range, args, steps: int | Non
         if edit and not edit.exists():
             found.append({})
             continue
-        jobs = [(prompt, seed) for some in groups[concept].values() for _, prompt in some for seed in seeds]
-        jobs = list(dict.fromkeys(jobs))                          # a prompt may be in two groups
+        jobs = list(dict.fromkeys((prompt, seed) for some in groups[concept].values() for _, prompt in some
+                                  for seed in seeds))             # a prompt may be in two groups
         features = evaluate(model, clip, jobs, args.out / "results", steps, None, args.batch,
                             what=f"{len(found) + 1}/{len(rows)} {concept}, {label}")
         if shown is None:
@@ -153,6 +152,11 @@ def mean(cells: list[dict[str, list]], group: str) -> float:
     return sum(right for right, _ in counts) / sum(of for _, of in counts) if counts else math.nan
 
 
+def harmonic(gone: float, stays: float, also_gone: float) -> float:    # eval_clip's, of tensors as well
+    found = 3 / sum(1 / torch.as_tensor(x, dtype=torch.float64) for x in (1 - gone, stays, 1 - also_gone))
+    return found if found.dim() else found.item()
+
+
 def h_o(cells: list[dict[str, list]]) -> float:
     """As in the paper: concept, other classes, synonyms."""
     return harmonic(mean(cells, "concept"), mean(cells, "other classes"), mean(cells, "synonyms"))
@@ -163,30 +167,30 @@ def h_near(cells: list[dict[str, list]]) -> float:
     return harmonic(mean(cells, "concept"), mean(cells, "near"), mean(cells, "phrases"))
 
 
-def redrawn(counts: dict[str, list], edits: int, rng: np.random.Generator) -> list[dict[str, list]]:
-    """A cell a thousand times, each share drawn from what its pictures leave possible (Jeffreys' interval:
-    none of ten may be one of thirty). The numbers are divided by that many edits."""
-    groups = {group: x for group, x in counts.items() if isinstance(x, list) and x[1]}
-    shares = {group: rng.beta(edits * right + 0.5, edits * (of - right) + 0.5, 1000).tolist()
-              for group, (right, of) in groups.items()}
-    return [counts | {group: [shares[group][k] * of, of] for group, (_, of) in groups.items()}
-            for k in range(1000)]
+def redrawn(right: float, of: float, edits: int, rng: np.random.Generator) -> torch.Tensor:
+    """A count a thousand times, [1000], as its pictures leave it possible (Jeffreys' interval: none of ten
+    may be one of thirty). The numbers are divided by that many edits."""
+    return of * torch.from_numpy(rng.beta(edits * right + 0.5, edits * (of - right) + 0.5, 1000))
 
 
 def again(cells: list[tuple], statistic, pictures: bool) -> torch.Tensor:
     """The statistic of (concept, counts) a thousand times, [1000]: classes drawn with replacement, the same
     ones for every row that has these classes, and of each class as many edits as it has; and the pictures."""
-    times, of_class = Counter(concept for concept, _ in cells), {}
+    times, of_class, drawn = Counter(concept for concept, _ in cells), {}, []
     rng, which, edits = np.random.default_rng(2), *(torch.Generator().manual_seed(i) for i in (0, 1))
-    for concept, counts in cells:
-        of_class.setdefault(concept, []).append(
-            redrawn(counts, times[concept], rng) if pictures else [counts] * 1000)
-    classes, found = [*of_class.values()], []
+    often = torch.zeros(len(cells), 1000, dtype=torch.float64)    # each cell is drawn
+    for i, (concept, _) in enumerate(cells):
+        of_class.setdefault(concept, []).append(i)
+    classes = [*of_class.values()]
     for k in range(1000):
-        some = [classes[i] for i in torch.randint(len(classes), (len(classes),), generator=which)]
-        found.append(statistic([one[i][k] for one in some
-                                for i in torch.randint(len(one), (len(one),), generator=edits)]))
-    return torch.tensor(found)
+        for one in (classes[i] for i in torch.randint(len(classes), (len(classes),), generator=which)):
+            for j in torch.randint(len(one), (len(one),), generator=edits):
+                often[one[j], k] += 1
+    for n, (concept, counts) in zip(often, cells):
+        groups = {group: x for group, x in counts.items() if isinstance(x, list) and x[1]}
+        drawn.append({group: [n * (redrawn(right, of, times[concept], rng) if pictures else right), n * of]
+                      for group, (right, of) in groups.items()})
+    return statistic(drawn)
 
 
 def interval(cells: list[tuple], statistic, group: str | None = None, less: list[tuple] = ()) -> list | str:
@@ -197,7 +201,7 @@ def interval(cells: list[tuple], statistic, group: str | None = None, less: list
         return "–"
     pictures = not (group or less)
     drawn = again(cells, statistic, pictures) - (again(less, statistic, pictures) if less else 0)
-    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975])).tolist()
+    low, high = drawn.nanquantile(drawn.new_tensor([0.025, 0.975])).tolist()
     if group:
         w_low, w_high = wilson(value, sum(counts[group][1] for _, counts in cells if group in counts))
         low, high = min(low, w_low), max(high, w_high)

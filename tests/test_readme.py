@@ -39,6 +39,7 @@ LEFT_OUT = {"CompVis/stable-diffusion-v1-4": "needs the weights of SD v1.4",
             "--data emoji": "needs the emoji, and hours",
             "experiments/tables.py": "needs minutes: other tests run it small",
             "experiments/many_concepts.py": "needs minutes: other tests run it small",
+            "experiments/frontier.py": "needs minutes: other tests run it small",
             "experiments/compare.py": "needs minutes: other tests run it small",
             "experiments/bench.py": "needs minutes: other tests run it small"}
 # What makes the others quick.

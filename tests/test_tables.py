@@ -83,7 +83,7 @@ def fake_measure(asked):
 def test_table_1_has_ten_classes_and_their_average(monkeypatch):
     asked = []
     monkeypatch.setattr(tables, "measure", fake_measure(asked))
-    rows = tables.table("1", argparse.Namespace(set=["lora_steps=5", "D1=0.8"]))
+    rows = tables.table("1", argparse.Namespace(set=["lora_steps=5", "D1=0.8"], prompts=[]))
     closed = ["lora_steps=5", "D1=0.8", "M=0", "N=0", "lora_steps=0", "lambda1=0.1"]
     assert asked == [(concept, *variant) for concept in CLASSES for variant in (
         ("untouched", None), ("closed form", closed), ("closed form, reach 2", [*closed, "reach=2"]),
