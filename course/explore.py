@@ -1,6 +1,6 @@
 """Makes course/explore.html: choose a class, a method, a setting; see what goes and what is taken along.
 
-    python course/explore.py                                  # mini's classes: an hour on one core
+    python course/explore.py                                  # mini's classes: twenty minutes on two cores
     python course/explore.py --classes cat --n 2 --steps 8 --out out/explore.html
 
 The page needs no network and no installation. Sliders move one at a time, in four steps: the others return to
@@ -72,8 +72,8 @@ def methods() -> list[dict]:
              slider("reach", "reach", r.reach, reach, (1, 1.5, 2, 3)),
              slider("lambda2", "ridge λ2", r.lambda2, ridge, (0.01, 1, 10, 100))]},
         {"id": "realera", "name": "RealEra", "settings": "", "says": "Eq. (7) with neighbors, which are the "
-         "concept blended with noise, and beyond-concepts, which stay. Its second part, noise alignment, is "
-         "left out here.", "sliders": [
+         "concept blended with noise, and beyond-concepts, which stay. No noise alignment.", "sliders": [
+             slider("lambda1", "λ1", r.lambda1, "weight of what must stay", (1 / 300, 1 / 30, 1 / 3, 1)),
              slider("reach", "reach", r.reach, reach, (1, 1.5, 2, 3)),
              slider("M", "neighbors M", r.M, "how many neighbors go with the concept", (0, 0.05, 1, 3)),
              tolerance,
@@ -204,7 +204,7 @@ class Maker:
             """What one state shows; its pictures are added to the others."""
             about = {"settings": settings}
             if key:
-                delta = edit_of(settings or "lora_steps=0", pair, text, self.words)
+                delta = edit_of(settings, pair, text, self.words)
                 self.model.put(as_filed(edited(self.W0, delta), self.model.folder))
                 near, near_rows = neighbors(key.partition("/")[0], settings, pair, text, self.words)
                 about |= {"shares": [round(share(delta, pair, x), 3) for x in rows],

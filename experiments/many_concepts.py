@@ -5,9 +5,8 @@
 
 On `mini`. Every second class stays and is measured, Acc_s. Erased are the five others, then words of the
 book, of synonyms and phrases. The closed form alone, with default settings, in two ways: what must stay
-counts once per concept (as realera.py does it), or once in all (Eq. 7 as one plain sum). Beside the pictures
-the text's numbers: the median drift of unrelated prompts, and the share of its way to the anchor that a
-concept and its synonyms go.
+counts once per concept (as realera.py does it), or once in all. Beside the pictures the text's numbers: the
+median drift of unrelated prompts, and the share of its way to the anchor that a concept and its synonyms go.
 """
 import sys
 from pathlib import Path

@@ -32,8 +32,8 @@ FLAGS = ["--classes", "cat", "--n", 1, "--work", "work", "--out", "page.html", "
 
 
 def few_methods():
-    """Of each method's sliders the first, of RealEra's two."""
-    return [one | {"sliders": one["sliders"][:1 + (one["id"] == "realera")]} for one in METHODS()]
+    """Of each method's sliders the first, of RealEra's three."""
+    return [one | {"sliders": one["sliders"][:1 + 2 * (one["id"] == "realera")]} for one in METHODS()]
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_the_page_holds_every_state_and_its_shares_are_those_of_the_method(tiny,
     use_book(tiny / "book.json")
     cat, s = data["classes"]["cat"], realera.Settings(M=5, lora_steps=0)
     keys = [key for method in data["methods"] for key in explore.states(method)]
-    assert [*cat["states"]] == ["", *keys] and len(keys) == 15 and len(data["classes"]) == 1
+    assert [*cat["states"]] == ["", *keys] and len(keys) == 18 and len(data["classes"]) == 1
     pair = make_pairs("cat", None, "object", text, "tail", 0)[0]
     delta = erase_in_closed_form([pair], text(preserved_prompts("object", [pair])), s)[0]
     rows = edited_rows([prompt_of(name) for _, name in cat["names"]], text)

@@ -39,5 +39,7 @@ def test_no_two_processes_make_the_same_edit_at_once(tmp_path, monkeypatch, worl
 def test_an_edit_trained_in_another_dtype_is_another_edit():
     def folder(dtype, *settings):
         return tables.recipe_of("cat", settings, 0, dtype).folder(Path(), "")
-    assert folder("float32") != folder("bfloat16") and folder("float32", "M=3") == folder("float32", "M=3")
+    trained = "lora_steps=200"
+    assert folder("float32", trained) != folder("bfloat16", trained) and folder("float32", "M=3") == folder(
+        "float32", "M=3")
     assert folder("float32", "lora_steps=0") == folder("bfloat16", "lora_steps=0")

@@ -46,12 +46,13 @@ def test_merged_closed_forms_are_what_one_command_for_both_writes(edits, text):
 
 
 def test_merged_closed_form_is_the_sum_of_grams_with_preserved_rows_for_each(edits, text):
-    """Σ(e* − e)eᵀ and Σeeᵀ + λ1 Σppᵀ of either edit, solved together, another way and in another order."""
+    """Σ(e* − e)eᵀ and Σeeᵀ + λ1 Σppᵀ of either edit, solved together, another way and in another order; of
+    two edits' beyond-concepts each counts half."""
     made = [how_made(str(edits / name), text) for name in ("b", "a")]
     s, right, B = made[0].settings, 0, 0
     for one in made:
         E, E_star, P = realera.mine(one.pairs[0], one.settings)
-        right, B = right + (E_star - E).T @ E, B + E.T @ E + s.lambda1 * P.T @ P
+        right, B = right + (E_star - E).T @ E, B + E.T @ E + s.lambda1 * P.T @ P / 2
     own = {word for one in made for pair in one.pairs for word in (pair.concept, pair.anchor)}
     stay = set(preserved_prompts("object", made[0].pairs)) & set(preserved_prompts("object", made[1].pairs))
     assert own == {"airplane", "sky", "ship", "street"} and len(stay) == 2 + len({*nouns("preserved")} - own)

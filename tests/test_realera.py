@@ -334,9 +334,10 @@ def test_reach_moves_the_target_beyond_the_anchor():
 
 
 def stacked(pairs, stay, s, times):
-    """Eq. 7 with every concept's rows stacked, as E, E*, P; rows of `stay` count `times` each."""
+    """Eq. 7 with every concept's rows stacked, as E, E*, P; rows of `stay` count `times` each, those of
+    beyond-concepts together as much as one concept's."""
     E, E_star, P = (torch.cat(rows) for rows in zip(*(realera.mine(p, s) for p in pairs)))
-    P = torch.cat([P, *[stay.double().flatten(0, 1)] * times])
+    P = torch.cat([P / math.sqrt(len(pairs)), *[stay.double().flatten(0, 1)] * times])
     B = E.T @ E + s.lambda1 * P.T @ P
     B += s.lambda2 * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype)
     return torch.cholesky_solve(E.T @ (E_star - E), torch.linalg.cholesky(B)).T
@@ -377,11 +378,11 @@ WORDS = [word for text in TEXTS for word in text.split()
 MANY = list(dict.fromkeys(CLASSES + WORDS))[:100]
 
 
-@pytest.mark.parametrize("n, most", [(1, 0.3), (2, 0.25), (5, 0.3), (10, 0.35), (100, 0.47)])
+@pytest.mark.parametrize("n, most", [(1, 0.22), (2, 0.21), (5, 0.28), (10, 0.34), (100, 0.55)])
 def test_other_prompts_drift_little_more_when_more_is_erased(text, n, most):
-    """0.28, 0.23, 0.29, 0.34, 0.80 if what must stay counted once. The concepts still arrive at their
-    anchors: their mean share of the way is 1 or more. (With few neighbors, for speed, one drifts more.)"""
-    pairs, s = make_pairs(MANY[:n], None, "object", text, "tail", 0), Settings(M=10, N=3)
+    """0.21, 0.22, 0.29, 0.38, 0.70 if what must stay counted once. The concepts still arrive at their
+    anchors: their mean share of the way is 1 or more. (Few neighbors, for speed, so a tenth of λ1.)"""
+    pairs, s = make_pairs(MANY[:n], None, "object", text, "tail", 0), Settings(M=10, N=3, lambda1=3)
     delta = erase_in_closed_form(pairs, text(preserved_prompts("object", pairs)), s)[0]
     assert drifts(delta, pairs, text)["median drift of unrelated prompts"] < most
     shifts = [p.block_star() - p.block() for p in pairs]

@@ -87,15 +87,16 @@ def test_table_1_has_ten_classes_and_their_average(monkeypatch):
     closed = ["lora_steps=5", "D1=0.8", "M=0", "N=0", "lora_steps=0", "lambda1=0.1"]
     assert asked == [(concept, *variant) for concept in CLASSES for variant in (
         ("untouched", None), ("closed form", closed), ("closed form, reach 2", [*closed, "reach=2"]),
+        ("RealEra, as printed", ["lora_steps=5", "D1=0.8", *tables.PRINTED_WAY]),
         ("RealEra", ["lora_steps=5", "D1=0.8"]))]
-    assert len(rows) == 3 * 44
+    assert len(rows) == 3 * 55
     for i, how in enumerate(("top-1", "ten-way", "probability")):
-        part = rows[44 * i:44 * i + 44]
+        part = rows[55 * i:55 * i + 55]
         assert {row["counted"] for row in part} == {how}
         assert [row["erased"] for row in part] == [
-            name for name in (*CLASSES, "average of ten") for _ in range(4)]
-        for average in part[40:]:
-            ten = [row for row in part[:40] if row["variant"] == average["variant"]]
+            name for name in (*CLASSES, "average of ten") for _ in range(5)]
+        for average in part[50:]:
+            ten = [row for row in part[:50] if row["variant"] == average["variant"]]
             for name in ("Acc_e", "Acc_s", "Acc_g", "Acc_a", "H_o"):
                 assert average[name][0] == pytest.approx(sum(row[name][0] for row in ten) / 10, abs=0.011)
                 assert average[name][1] < average[name][0] < average[name][2]
