@@ -40,8 +40,8 @@ WORDS = {"tolerance": ("own", "same"), "mining": ("sampled", "expected"), "rows"
 
 @dataclass(frozen=True)
 class Settings:
-    """The method's numbers. lambda1 and lora_steps were chosen on `mini`, on words that no table reports
-    (docs/mining.md); lr is the paper's; most others were best on the first `mini`."""
+    """The method's numbers. lambda1 and lora_steps were chosen on `mini`, on words that no table reports; lr
+    is the paper's; most others were best on the first `mini`."""
     D1: float = 1.1             # largest distance of a neighbor, in ‖e‖ (section 4.1)
     D1_anchor: float = 1.1      # the same around the anchor: the tolerance at the end of section 4.1
     tolerance: str = "own"      # own: r' is drawn by itself, up to D1_anchor; same: r' = r
@@ -217,11 +217,11 @@ def mine(pair: Pair, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def erase_in_closed_form(pairs: list[Pair], stay: Tensor, s: Settings) -> tuple[Tensor, float]:
-    """Algorithm 1, lines 1–24: Δ [D, D] and cond(B). `stay` [prompts, T, D] belongs to each concept's P, too:
-    counted once, what must stay would be outweighed by the rows of many concepts. Beyond-concepts are noise,
-    so those of one concept hold the others as well: of n concepts they count 1/n."""
-    stay, mined, u = stay.cpu().double().flatten(0, 1), (mine(pair, s) for pair in pairs), len(pairs) ** -0.5
-    return closed_form(((E, E_star, torch.cat([u * P, stay])) for E, E_star, P in mined), s.lambda1, s.lambda2)
+    """Algorithm 1, lines 1–24: Δ [D, D] and cond(B). `stay` [prompts, T, D] is in each concept's P, or many
+    would outweigh it. Beyond-concepts are noise, which holds the other concepts, too: of n they count 1/n."""
+    stay, u = stay.cpu().double().flatten(0, 1), len(pairs) ** -0.5
+    parts = ((E, E_star, torch.cat([u * P, stay])) for E, E_star, P in (mine(pair, s) for pair in pairs))
+    return closed_form(parts, s.lambda1, s.lambda2)
 
 
 @contextlib.contextmanager

@@ -11,10 +11,10 @@ from experiments.tables import CLOSED, METHODS
 
 UCE = [f"lamb={x}" for x in (30000, 10000, 3000, 1000, 100, 0.5)]           # the last is the authors'
 # A row: the method's file, its settings, and its strengths, the weakest first. RealEra's have no noise
-# alignment, which at the paper's rate adds nothing (docs/results.md) and takes a minute an edit. The tolerance of
-# "as printed" is smaller than D1, as section 4.1 has it; how much, it does not say; its last strength is the
-# paper's λ1. All closed forms have the same P, the book's preserved nouns, but for rows that say so; SLD's
-# warm-ups are for 12 steps.
+# alignment, which at the paper's rate adds nothing (docs/results.md) and takes a minute an edit. The
+# tolerance of "as printed" is smaller than D1, as section 4.1 has it; how much, it does not say; its last
+# strength is the paper's λ1. All closed forms have the same P, the book's preserved nouns, but for rows that
+# say so; SLD's warm-ups are for 12 steps.
 ROWS = {
     "closed form": ("realera.py", CLOSED, [f"lambda1={x}" for x in (300, 100, 30, 10, 3, 0.1)]),
     "reach": ("realera.py", [*CLOSED, "lambda1=0.1"], [f"reach={x}" for x in (0.4, 0.6, 0.8, 1.25, 1.5, 2)]),

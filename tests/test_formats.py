@@ -114,7 +114,7 @@ def test_low_rank_is_numpys_truncated_svd():
 @pytest.mark.parametrize("rows, rank", [("token", 1), ("tail", 27)])
 def test_few_edited_rows_are_a_lora_of_that_rank_with_one_shared_A(text, rows, rank):
     """W − W₀ = W₀ [Σ (e* − e) eᵀ] B⁻¹: exact at the number of rows, and not below where they are few."""
-    s, W0 = realera.Settings(M=0, N=0, rows=rows), cross_attention(MINI)
+    s, W0 = realera.Settings(M=0, N=0, lambda1=1, rows=rows), cross_attention(MINI)
     pairs = make_pairs(["airplane"], ["sky"], "object", text, rows, 0)
     assert pairs[0].n == rank
     delta, _ = realera.erase_in_closed_form(pairs, text(preserved_prompts("object", pairs)), s)

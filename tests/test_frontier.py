@@ -213,8 +213,8 @@ def test_the_command_draws_a_table_and_a_curve_and_goes_on(here, small, monkeypa
     rows = {"reach": ("realera.py", CLOSED, ["reach=1.25", "reach=4"]),
             "UCE": ("baselines/uce.py", [], ["lamb=0.1"])}
     monkeypatch.setattr(frontier, "ROWS", rows)
-    command = ["experiments/frontier.py", "--row", "reach", "UCE", "--concept", "cat", "dog", *SMALL, "--steps", 1,
-               "--choose-steps", 1]                               # what the pictures show is of no matter here
+    command = ["experiments/frontier.py", "--row", "reach", "UCE", "--concept", "cat", "dog", *SMALL,
+               "--steps", 1, "--choose-steps", 1]                 # what the pictures show does not matter
     here(*command, cwd=small)
     printed = capsys.readouterr().out
     names = [f"{name}-reach+UCE" for name in ("tries", "frontier", "cells")]

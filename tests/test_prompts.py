@@ -8,8 +8,8 @@ from helpers import CLASSES, MINI, write_plain_book
 from plumbing import UserError, prompts
 from plumbing.book import BOOK, PRESERVED, UNRELATED, bystanders, measured_words, nouns, same_word, use_book
 from plumbing.disk import read_json
-from plumbing.prompts import (ASSOCIATED, anchor_of, choices, names_around, names_to_choose, preserved_prompts,
-                              prompts_to_watch, row_prompts)
+from plumbing.prompts import (ASSOCIATED, anchor_of, choices, names_around, names_to_choose,
+                              preserved_prompts, prompts_to_watch, row_prompts)
 from sample import Text
 
 
