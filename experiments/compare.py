@@ -21,6 +21,7 @@ from eval_clip import judge, outcomes, summary
 from experiments.attack import ATTACKS, BLACK_BOX, Target, attack
 from experiments.frontier import method_recipe
 from experiments.rows import ROWS
+from experiments.tables import TABLES
 from plumbing import UserError, svg
 from plumbing.book import book
 from plumbing.cli import (DTYPES, WORLD, at_least_1, command_line, measuring_args, pick_device, program,
@@ -33,18 +34,17 @@ from plumbing.results import evaluate
 from plumbing.stats import as_markdown, wilson, write_tables
 from sample import Model
 
-CLOSED = ["M=0", "N=0", "lora_steps=0", "lambda1=0.1"]
 # RECE: the authors' values for easy objects, but realera.py's real prompts must stay: without them RECE
 # erased most of what else the first `mini` knew, and nothing would be learned from the comparison.
 RECE = ["rounds=1", "real_prompts=true"]
-METHODS = {"closed form": ("realera.py", CLOSED), "RealEra": ("realera.py", []), "RECE": ("rece.py", RECE),
-           "RealEra + RECE": ("rece.py", RECE)}                   # A + B: B goes on from A's edit
+METHODS = {"closed form": ("realera.py", TABLES["1"]["closed form"]), "RealEra": ("realera.py", []),
+           "RECE": ("rece.py", RECE), "RealEra + RECE": ("rece.py", RECE)}           # A + B: B goes on from A
 
 
-def recipe_of(method: str, concept: str, dtype: str) -> Recipe:
-    first = recipe_of(method.split(" + ")[0], concept, dtype) if " + " in method else None
+def recipe_of(method: str, concept: str) -> Recipe:
+    first = recipe_of(method.split(" + ")[0], concept) if " + " in method else None
     file, settings = METHODS[method]
-    return recipe(file, concept, settings, 0, dtype if method == "RealEra" else "float32", first)
+    return recipe(file, concept, settings, start=first)
 
 
 def read_cells(path: Path) -> list[dict[str, str]]:
@@ -61,7 +61,7 @@ def read_cells(path: Path) -> list[dict[str, str]]:
 def recipes_of(args) -> dict[tuple[str, str], Recipe]:
     """{(method, class): recipe}: METHODS, or the rows in --cells. Raises UserError if one is missing."""
     if not args.cells:
-        return {(method, c): recipe_of(method, c, args.dtype) for method in METHODS for c in args.concept}
+        return {(method, c): recipe_of(method, c) for method in METHODS for c in args.concept}
     found = {(cell["row"], cell["class"]): method_recipe(cell["class"], (cell["row"], cell["strength"], 0), 0,
                                                          args.dtype)
              for cell in read_cells(args.cells)

@@ -7,7 +7,7 @@ closed form sends the concept. "NAME, authors'" has its authors' own settings, i
 pictures, SA fewer steps), and nothing to choose; "NAME, corrected" is NAME without the oddities of its
 authors' code (as_published=false).
 """
-from experiments.tables import CLOSED, METHODS
+from experiments.tables import CLOSED, METHODS, PRINTED_WAY
 
 UCE = [f"lamb={x}" for x in (30000, 10000, 3000, 1000, 100, 0.5)]           # the last is the authors'
 # A row: the method's file, its settings, and its strengths, the weakest first. RealEra's have no noise
@@ -18,7 +18,7 @@ UCE = [f"lamb={x}" for x in (30000, 10000, 3000, 1000, 100, 0.5)]           # th
 ROWS = {
     "closed form": ("realera.py", CLOSED, [f"lambda1={x}" for x in (300, 100, 30, 10, 3, 0.1)]),
     "reach": ("realera.py", [*CLOSED, "lambda1=0.1"], [f"reach={x}" for x in (0.4, 0.6, 0.8, 1.25, 1.5, 2)]),
-    "RealEra, as printed": ("realera.py", ["lora_steps=0", "D1_anchor=0.55"],
+    "RealEra, as printed": ("realera.py", [*PRINTED_WAY, "lora_steps=0"],
                             [f"lambda1={x}" for x in (100, 50, 30, 15, 5, 0.1)]),
     "RealEra, expected": ("realera.py", ["lora_steps=0", "mining=expected", "tolerance=same"],
                           [f"lambda1={x}" for x in (100, 50, 30, 15, 5, 1)]),

@@ -141,20 +141,20 @@ def row_prompts(concept: str, task: str, seeds: range, erased=(),
         raise UserError(f"{concept!r} ({task}) has no built-in prompts"
                         + f" (there are {', '.join(known)})" * bool(known)
                         + ": eval_clip.py --prompts FILE.csv takes yours")
-    gone = {name, *map(str.lower, erased)}
-    rows = [(row["class"], row["prompt"], row["seed"]) for row in listed]
-    others = [row for row in rows if row[0] not in gone] if listed else [x for x in known if x not in gone]
+    few = seeds if task == "object" else seeds[:max(1, len(seeds) // 40)]
+    rows = [(row["class"], row["prompt"], row["seed"]) for row in listed] or [
+        (other, template.format(other), seed) for other in known if other != name for seed in few]
+    others = [row for row in rows if row[0] not in {name, *map(str.lower, erased)}]
     if not others:
         raise UserError(f"no other {task} is left to compare {concept!r} with: eval_clip.py --prompts "
                         "FILE.csv takes yours")
     if task == "object":
-        few, associated = seeds, known[name]["associated"]
+        associated = known[name]["associated"]
         synonyms = [template.format(synonym) for synonym in known[name]["synonyms"]]
     else:
-        few, associated, synonyms = seeds[:max(1, len(seeds) // 40)], [], [known[name]]
+        associated, synonyms = [], [known[name]]
     own = [row for row in rows if row[0] == name]
-    groups = {"e": own or [(name, template.format(name), seed) for seed in seeds],
-              "s": others if listed else [(x, template.format(x), seed) for x in others for seed in few],
+    groups = {"e": own or [(name, template.format(name), seed) for seed in seeds], "s": others,
               "g": [(name, prompt, seed) for prompt in synonyms for seed in seeds],
               "a": [(name, prompt, seed) for prompt in associated for seed in seeds]}
     return {group: rows for group, rows in groups.items() if rows}

@@ -42,7 +42,7 @@ def test_every_method_is_made_by_its_own_script_and_only_once(tmp_path, monkeypa
     """By the programs themselves; only RealEra's training is cut short."""
     short = ["lora_steps=1", "trajectories=2", "batch=1"]
     monkeypatch.setitem(compare.METHODS, "RealEra", ("realera.py", short))
-    recipes = [compare.recipe_of(method, "cat", "float32") for method in compare.METHODS]
+    recipes = [compare.recipe_of(method, "cat") for method in compare.METHODS]
     base = base_hash(cross_attention(MINI))
     monkeypatch.setattr(making.subprocess, "run", starts.finished)
     making.make_edits(recipes, tmp_path, base, str(MINI), "cpu")
