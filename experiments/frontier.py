@@ -151,7 +151,7 @@ def mean(cells: list[dict[str, list]], group: str) -> float:
     return sum(right for right, _ in counts) / sum(of for _, of in counts) if counts else math.nan
 
 
-def harmonic(gone: float, stays: float, also_gone: float) -> float:    # eval_clip's, of tensors as well
+def harmonic(gone: float, stays: float, also_gone: float) -> float:    # eval_clip's, of tensors too
     found = 3 / sum(1 / torch.as_tensor(x, dtype=torch.float64) for x in (1 - gone, stays, 1 - also_gone))
     return found if found.dim() else found.item()
 

@@ -25,7 +25,7 @@ ROWS = {
     "vocabulary": ("baselines/vocabulary.py", ["measured=false"],
                    [f"reach={x}" for x in (1, 1.5, 2, 3, 4, 6)]),
     "vocabulary, no contrast": ("baselines/vocabulary.py", ["measured=false", "contrast=0"],
-                                [f"threshold={x}" for x in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)]),
+                                [f"reach={x}" for x in (0.8, 1, 1.25, 1.5, 2, 3)]),
     "vocabulary, all words": ("baselines/vocabulary.py", [], [f"reach={x}" for x in (1, 1.5, 2, 3, 4, 6)]),
     "UCE": ("baselines/uce.py", ["retain=nouns"], UCE),
     "UCE, nothing retained": ("baselines/uce.py", [], UCE)}

@@ -202,7 +202,8 @@ def test_a_strength_whose_edit_fails_is_never_the_best(here, small, monkeypatch,
     monkeypatch.setattr(making.subprocess, "run", finished)
     monkeypatch.setattr(frontier, "ROWS", {"reach": ("realera.py", CLOSED,
                                                      ["lambda2=-1", "reach=2"])})
-    here("experiments/frontier.py", "--row", "reach", "--concept", "cat", "dog", *SMALL, cwd=small)
+    here("experiments/frontier.py", "--row", "reach", "--concept", "cat", "dog", *SMALL, "--steps", 1,
+         cwd=small)
     assert "warning: erasing cat failed" in capsys.readouterr().err
     table = json.loads((small / "o/frontier-reach.json").read_text())
     assert [row["strength"] for row in table] == ["–", "reach=2"]
