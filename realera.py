@@ -3,7 +3,7 @@
 Paper: Liu et al., "RealEra: Semantic-level Concept Erasure via Neighbor-Concept Mining", Algorithm 1.
 
     python realera.py --concept airplane --anchor sky                    # on mini/, half a minute on a laptop
-    python realera.py --concept airplane --anchor sky --lora-steps 200   # with Eqs. (8) and (9): two minutes
+    python realera.py --concept airplane --anchor sky --lora-steps 200   # with Eqs. (8) and (9): a minute
     python realera.py --concept "van gogh" --anchor art --task style --model CompVis/stable-diffusion-v1-4 \\
         --device cuda --dtype bfloat16
 

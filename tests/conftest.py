@@ -72,7 +72,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     # the longest files first, so that no worker waits for the other at the end
-    items.sort(key=lambda item: item.path.stem not in ("test_lesson", "test_readme", "test_realera"))
+    items.sort(key=lambda item: item.path.stem not in (
+        "test_lesson", "test_readme", "test_realera", "test_attack", "test_eval_clip", "test_tables"))
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: give --slow to run it"))
