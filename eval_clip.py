@@ -31,7 +31,7 @@ from plumbing.edits import edit_labels, erased_by, read_edit
 from plumbing.models import model_folder, model_name
 from plumbing.own_prompts import names_among, read_prompts, score_prompts
 from plumbing.prompts import TASKS, choices, names_to_choose, prompts_to_watch, row_prompts
-from plumbing.results import RANK, Picture, asked_for, evaluate, out_folder, picture_name
+from plumbing.results import RANK, Picture, asked_for, evaluate, out_folder, picture_name, text_vectors
 from plumbing.stats import as_markdown, bootstrap, frechet, wilson, write_tables
 from plumbing.weights import check_finite, load_network, read_config
 from sample import Model, draw_each, write_sheets
@@ -216,7 +216,7 @@ def outcomes(clip: CLIP, concept: str, found: dict[Picture, Tensor], seeds: rang
     row_prompts takes them) and "a person"; the paper's own judge, GCD, is a --detector. Styles are scored by
     the cosine with "an artwork by …", also where the prompt was another (the paper is silent)."""
     names, prompts = choices(task, concept, listed)
-    text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()        # [names, P]
+    text = text_vectors(clip, tuple(prompts))                     # [names, P]
     counted: dict[str, dict] = {}
     for group, rows in row_prompts(concept, task, seeds, erased, listed).items():
         features = torch.stack([found[prompt, seed] for _, prompt, seed in rows])

@@ -199,13 +199,20 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
     return {job: results.found[job] for job in jobs}
 
 
+@functools.lru_cache(maxsize=8)
+@torch.no_grad()
+def text_vectors(clip, prompts: tuple[str, ...]) -> Tensor:
+    """CLIP's unit vectors [prompts, P], on the CPU: kept, as the same names are asked for at every look."""
+    return clip.text_features(clip.tokenizer(list(prompts)).to(clip.logit_scale.device)).cpu()
+
+
 @torch.no_grad()
 def rates(clip, concept: str, task: str, names, draw: Callable,
           seeds: range) -> dict[str, tuple[float, float]]:
     """Share of pictures whose first choice is the concept, and its mean probability, which decides between
     equal shares, per candidate. `draw`: jobs -> features."""
     among, prompts = choices(task, concept)
-    text = clip.text_features(clip.tokenizer(prompts).to(clip.logit_scale.device)).cpu()     # [prompts, P]
+    text = text_vectors(clip, tuple(prompts))
     found, i = draw([(name, seed) for name in names for seed in seeds]), among.index(concept)
     counted = {}
     for name in names:
