@@ -29,6 +29,7 @@ classes and the default rows are some 110,000 pictures at --n 10, three hours on
 on. Of the other methods most are trained, each at six learning rates from the authors' own up (SPM's lie
 around its preset for `mini`), so that none is left where nothing happens. A try that fails is a warning.
 """
+import functools
 import math
 import statistics
 import sys
@@ -51,7 +52,7 @@ from plumbing.edits import edit_file
 from plumbing.making import Recipe, commit, recipe
 from plumbing.models import model_folder, model_name
 from plumbing.prompts import prompt_of
-from plumbing.results import evaluate
+from plumbing.results import evaluate, text_vectors
 from plumbing.stats import as_markdown, wilson, write_tables
 from sample import Text
 
@@ -107,8 +108,8 @@ def measure(cells: list[tuple], words: str, seeds: range, args, steps: int | Non
     """Per cell (concept, what `method_recipe` takes, or None for the untouched model): {group: [right, of]},
     numbers of pictures, and `numbers_of` the edit; {} if it could not be made. Each concept's untouched cell
     comes before its others."""
-    text, names, shown, before, found = Text(model_folder(args.model)), sights(), None, {}, []
-    usual = {}                                                    # features of the untouched pictures
+    text, names, before, found = Text(model_folder(args.model)), sights(), {}, []
+    means, usual = [*names.values()], {}                          # usual: features of the untouched pictures
     groups = {concept: asked(concept, words, text) for concept in dict.fromkeys(c for c, _ in cells)}
     rows = [(concept, " ".join(map(str, what or ["untouched"])), what) for concept, what in cells]
     for (concept, label, what), (model, clip, edit) in zip(rows, each(rows, args, method_recipe, True)):
@@ -119,10 +120,7 @@ def measure(cells: list[tuple], words: str, seeds: range, args, steps: int | Non
                                   for seed in seeds))             # a prompt may be in two groups
         features = evaluate(model, clip, jobs, args.out / "results", steps, None, args.batch,
                             what=f"{len(found) + 1}/{len(rows)} {concept}, {label}")
-        if shown is None:
-            with torch.no_grad():
-                ids = clip.tokenizer([f"a photo of the {name}" for name in names]).to(clip.logit_scale.device)
-                shown, means = clip.text_features(ids).cpu(), [*names.values()]      # [names, P]
+        shown = text_vectors(clip, tuple(f"a photo of the {name}" for name in names))     # [names, P]
         right, paper, classes = {}, {}, list(book()["classes"])   # the first of the names
         for group, some in groups[concept].items():
             wanted = [name for name, _ in some for _ in seeds]
@@ -172,23 +170,25 @@ def redrawn(right: float, of: float, edits: int, rng: np.random.Generator) -> to
     return of * torch.from_numpy(rng.beta(edits * right + 0.5, edits * (of - right) + 0.5, 1000))
 
 
-def again(cells: list[tuple], statistic, pictures: bool) -> torch.Tensor:
-    """The statistic of (concept, counts) a thousand times, [1000]: classes drawn with replacement, the same
-    ones for every row that has these classes, and of each class as many edits as it has; and the pictures."""
-    times, of_class, drawn = Counter(concept for concept, _ in cells), {}, []
-    rng, which, edits = np.random.default_rng(2), *(torch.Generator().manual_seed(i) for i in (0, 1))
-    often = torch.zeros(len(cells), 1000, dtype=torch.float64)    # each cell is drawn
-    for i, (concept, _) in enumerate(cells):
-        of_class.setdefault(concept, []).append(i)
-    classes = [*of_class.values()]
+@functools.cache
+def often(concepts: tuple[str, ...]) -> torch.Tensor:
+    """How often each cell is drawn, [cells, 1000]: classes with replacement, and each one's edits."""
+    which, edits = (torch.Generator().manual_seed(i) for i in (0, 1))
+    found = torch.zeros(len(concepts), 1000, dtype=torch.float64)
+    classes = [[i for i, name in enumerate(concepts) if name == one] for one in dict.fromkeys(concepts)]
     for k in range(1000):
-        for one in (classes[i] for i in torch.randint(len(classes), (len(classes),), generator=which)):
-            for j in torch.randint(len(one), (len(one),), generator=edits):
-                often[one[j], k] += 1
-    for n, (concept, counts) in zip(often, cells):
-        groups = {group: x for group, x in counts.items() if isinstance(x, list) and x[1]}
-        drawn.append({group: [n * (redrawn(right, of, times[concept], rng) if pictures else right), n * of]
-                      for group, (right, of) in groups.items()})
+        for i in torch.randint(len(classes), (len(classes),), generator=which):
+            for j in torch.randint(len(classes[i]), (len(classes[i]),), generator=edits):
+                found[classes[i][j], k] += 1
+    return found
+
+
+def again(cells: list[tuple], statistic, pictures: bool) -> torch.Tensor:
+    """The statistic of (concept, counts) a thousand times, [1000]: cells drawn `often`, and pictures."""
+    concepts, rng, drawn = tuple(concept for concept, _ in cells), np.random.default_rng(2), []
+    for n, (one, counts) in zip(often(concepts), cells):
+        drawn.append({group: [n * (redrawn(*x, concepts.count(one), rng) if pictures else x[0]), n * x[1]]
+                      for group, x in counts.items() if isinstance(x, list) and x[1]})
     return statistic(drawn)
 
 

@@ -199,7 +199,7 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
     return {job: results.found[job] for job in jobs}
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=1)                                   # and no second CLIP is kept alive
 @torch.no_grad()
 def text_vectors(clip, prompts: tuple[str, ...]) -> Tensor:
     """CLIP's unit vectors [prompts, P], on the CPU: kept, as the same names are asked for at every look."""

@@ -328,20 +328,20 @@ def kill_midway(starts, out, chance):
     assert [process.exitcode for process in processes] == [-9] * len(starts)
 
 
-def test_killed_six_times_the_same_command_ends_with_the_same_bytes(edit, evaluated, tmp_path):
-    """kill -9: every third time two processes at once, else one; once a line is torn as well."""
+def test_killed_ten_times_the_same_command_ends_with_the_same_bytes(edit, evaluated, tmp_path):
+    """kill -9: every fourth time two processes at once, else one; once a line is torn as well."""
     out, chance, seen = tmp_path / "out", random.Random(0), set()
     args = ["--edit", edit, *SMALL, "--out", out]
 
-    for i in range(6):
+    for i in range(10):
         group = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": free_port()}
         kill_midway([partial(start, "eval_clip.py", *args, cwd=tmp_path, **more) for more in
                      ([group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(2)]
-                      if i % 3 == 0 else [{}])], out, chance)
+                      if i % 4 == 0 else [{}])], out, chance)
         assert seen < lines_of(out)
         seen = lines_of(out)
-        if i == 4:
+        if i == 5:
             torn = max(out.glob("results/*/*.jsonl"), key=lambda path: path.stat().st_mtime)
             last = torn.read_bytes().splitlines(keepends=True)[-1]
             torn.write_bytes(torn.read_bytes()[:-chance.randint(2, len(last) - 1)])

@@ -24,28 +24,38 @@ from plumbing.disk import read_json
 from plumbing.edits import about_edit
 from plumbing.prompts import preserved_prompts
 from sample import Model, Text
-from starts import finished
+from starts import finished, start
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_one_and_three_processes_write_the_same_bytes(here, narrow, tmp_path, monkeypatch):
+def test_one_two_and_three_processes_write_the_same_bytes(here, narrow, tmp_path, monkeypatch):
     args = ["--table", 3, "--n", 1, "--steps", 1, "--set", "lora_steps=0", "--batch", 8, "--device", "cpu",
             "--model", narrow, "--out"]
     with monkeypatch.context() as patch:
         patch.setattr(making.subprocess, "run", finished)
         here("experiments/tables.py", *args, "1", cwd=tmp_path)
-    shutil.copytree(tmp_path / "1/edits", tmp_path / "3/edits")
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 3, "--master-port", free_port(), "--"]
-    command = [sys.executable, *map(str, [*torchrun, ROOT / "experiments/tables.py", *args, 3])]
+    for n in "23":
+        shutil.copytree(tmp_path / "1/edits", tmp_path / n / "edits")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), "--"]
+    command = [sys.executable, *map(str, [*torchrun, ROOT / "experiments/tables.py", *args, 2])]
     done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote 3/") == 1
+    assert done.stdout.count("wrote 2/") == 1
+    group = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": free_port()}                          # what torchrun sets
+    started = [start("experiments/tables.py", *args, "3", cwd=tmp_path, out=tmp_path / f"out{rank}",
+                     RANK=rank, LOCAL_RANK=rank, **group) for rank in range(3)]
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0, 0]
+    assert [(tmp_path / f"out{rank}").read_text("utf-8").count("wrote 3/") for rank in range(3)] == [1, 0, 0]
     files = sorted(p.relative_to(tmp_path / "1") for p in (tmp_path / "1").glob("results/*/results.jsonl"))
     assert len(files) == 4                                        # without LoRA steps, variants 1 and 2 agree
-    for path in [*files, Path("table3.json"), Path("table3.csv"), Path("table3.md")]:
-        assert (tmp_path / "3" / path).read_bytes() == (tmp_path / "1" / path).read_bytes(), path
-    assert sorted(p.relative_to(tmp_path / "3") for p in (tmp_path / "3").glob("results/*/*.jsonl")) == files
+    for n in "23":
+        for path in [*files, Path("table3.json"), Path("table3.csv"), Path("table3.md")]:
+            assert (tmp_path / n / path).read_bytes() == (tmp_path / "1" / path).read_bytes(), (n, path)
+        assert sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).glob("results/*/*.jsonl")) == files
     rows = json.loads((tmp_path / "1/table3.json").read_text())
     assert [(row["counted"], row["variant"]) for row in rows] == [
         (how, variant) for how in ("top-1", "probability", "ten-way", "ten-way probability") for variant in (
