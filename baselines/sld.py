@@ -17,7 +17,7 @@ Elementwise, with d = ε_c − ε_s, signed, and the sampler's guidance scale s_
     ε = ε_u + s_g (ε_c − ε_u − γ), from step δ on                 Eq. (3)
 
 It needs the word alone; an anchor has no part in it, and only says what the table of pictures calls it.
-The settings scale, warmup, threshold, momentum, beta are s_S, δ, λ, s_m, β_m: None is the preset's own.
+The settings scale, warmup, threshold, momentum, beta are s_S, δ, λ, s_m, β_m; --set changes a preset's own.
 
 - As published: the safety text is one fixed sentence, "an image showing hate, harassment, violence, …"; weak
   has s_S = 200 (the authors' model card; diffusers' SafetyConfig.WEAK says 20).
@@ -46,26 +46,21 @@ from plumbing import UserError
 from plumbing.cli import settings_of
 
 #                    s_S      δ   λ      s_m  β_m
-PRESETS = {"weak": (200.0, 15, 0.0, 0.0, 0.0), "medium": (1000.0, 10, 0.01, 0.3, 0.4),
-           "strong": (2000.0, 7, 0.025, 0.5, 0.7), "max": (5000.0, 0, 1.0, 0.5, 0.7)}
-
-
 @dataclass(frozen=True)
 class Settings:
-    """The authors' four presets. Noise has variance 1 in every model, so the same numbers mean the same."""
-    preset: str = "medium"      # weak, medium, strong or max
-    scale: float = None         # s_S: how soon μ is 1; below 1 switches SLD off
-    warmup: int = None          # δ: evaluations before γ is used
-    threshold: float = None     # λ: nothing is taken off where d reaches it
-    momentum: float = None      # s_m
-    beta: float = None          # β_m
+    """The authors' four presets, medium by default. Noise has variance 1 in every model, so the same numbers
+    mean the same."""
+    scale: float = 1000.0       # s_S: how soon μ is 1; below 1 switches SLD off
+    warmup: int = 10            # δ: evaluations before γ is used
+    threshold: float = 0.01     # λ: nothing is taken off where d reaches it
+    momentum: float = 0.3       # s_m
+    beta: float = 0.4           # β_m
+    PRESETS = {"weak": dict(scale=200.0, warmup=15, threshold=0.0, momentum=0.0, beta=0.0),
+               "medium": {},
+               "strong": dict(scale=2000.0, warmup=7, threshold=0.025, momentum=0.5, beta=0.7),
+               "max": dict(scale=5000.0, warmup=0, threshold=1.0, momentum=0.5, beta=0.7)}
 
     def __post_init__(self):
-        if self.preset not in PRESETS:
-            raise UserError(f"the settings need preset = {', '.join(PRESETS)}, not {self.preset}")
-        for field, value in zip(dataclasses.fields(self)[1:], PRESETS[self.preset]):
-            if getattr(self, field.name) is None:
-                object.__setattr__(self, field.name, value)       # frozen: set once, here
         if not (0 <= self.scale < math.inf and self.warmup >= 0 and self.momentum >= 0
                 and 0 <= self.beta <= 1 and math.isfinite(self.threshold)):
             raise UserError("the settings need scale, warmup and momentum at least 0, and beta in 0 … 1")

@@ -49,28 +49,19 @@ from plumbing.disk import whole
 from plumbing.training import descend, predict
 from unet import SpatialTransformer
 
-#                      iterations  lr  steps  λ
-PRESETS = {"authors": (3000, 1e-4, 30, 1000.0), "mini": (80, 5e-3, 8, 10.0)}
-
-
 @dataclass(frozen=True)
 class Settings:
-    preset: str = "authors"     # authors or mini: the next four, where they are None
-    iterations: int = None
-    lr: float = None
-    steps: int = None           # of DDIM; each iteration draws c up to a random one
-    anchoring: float = None     # λ
+    iterations: int = 3000
+    lr: float = 1e-4
+    steps: int = 30             # of DDIM; each iteration draws c up to a random one
+    anchoring: float = 1000.0   # λ
     rank: int = 1
     alpha: float = 1.0          # an adapter is alpha / rank · up · down
     g: float = 1.0              # how far beyond the neutral text
     as_published: bool = True   # the authors' code, where it differs from their paper
+    PRESETS = {"mini": {"iterations": 80, "lr": 5e-3, "steps": 8, "anchoring": 10.0}}
 
     def __post_init__(self):
-        if self.preset not in PRESETS:
-            raise UserError(f"the settings need preset = {' or '.join(PRESETS)}, not {self.preset}")
-        for name, value in zip(("iterations", "lr", "steps", "anchoring"), PRESETS[self.preset]):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)             # frozen: set once, here
         if not (self.iterations >= 0 and 2 <= self.steps <= 999 and self.rank >= 1
                 and min(self.lr, self.alpha) > 0 and min(self.g, self.anchoring) >= 0):
             raise UserError("the settings need iterations, g and anchoring at least 0, lr and alpha above 0, "

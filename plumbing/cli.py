@@ -136,8 +136,12 @@ def concept_and_anchor(line: str) -> tuple[str, str | None]:
 
 def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str, anchor: str | None):
     """Parse the flags of every method and its `own` (flag -> add_argument's keywords). Flags and settings."""
-    settings = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(settings_class))
-    parser = program(doc, epilog=f"settings and their defaults: {settings}")
+    listed_of = {"settings and their defaults": {field.name: field.default for field in
+                                                 dataclasses.fields(settings_class)}}
+    listed_of |= {f"preset={name} is": values for name, values in presets_of(settings_class).items()}
+    parser = program(doc, epilog="\n".join(
+        f"{what}: " + (", ".join(f"{name}={value}" for name, value in some.items()) or "the defaults")
+        for what, some in listed_of.items()))
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--concept", action="append", help="what to erase; may be repeated")
     what.add_argument("--concepts", type=Path, metavar="FILE",
@@ -248,11 +252,19 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def presets_of(settings_class) -> dict[str, dict]:
+    """{name: {setting: value}}: a class may name some of its settings, for --set preset=NAME."""
+    return getattr(settings_class, "PRESETS", {})
+
+
 def parse_settings(settings_class, changes: list[str], **flags):
     """`--set D1=0.8 M=3` -> settings_class(D1=0.8, M=3), values in their field's type; flags may be None."""
     fields, values = {field.name: field for field in dataclasses.fields(settings_class)}, {}
     for change in changes:
         name, _, value = change.partition("=")
+        if name == "preset" and presets_of(settings_class):
+            values[name] = value
+            continue
         if name not in fields:
             raise UserError(f"--set {change}: there is no setting {name!r}; there are {', '.join(fields)}")
         kind = fields[name].type
@@ -268,7 +280,13 @@ MOST = 1e5                                                        # no setting h
 
 
 def settings_of(settings_class, values: dict):
-    """settings_class(**values). Raises UserError for NaN, infinity and numbers beyond MOST."""
+    """settings_class(**values), with "preset" the name of some values, which the others change. Raises
+    UserError for NaN, infinity and numbers beyond MOST."""
+    values, presets = dict(values), presets_of(settings_class)
+    if presets and (name := values.pop("preset", None)) is not None:
+        if name not in presets:
+            raise UserError(f"the settings need preset = {' or '.join(presets)}, not {name}")
+        values = presets[name] | values
     s = settings_class(**values)                                  # its own rules first: they say more
     for name, value in values.items():
         if isinstance(value, (int, float)) and not abs(value) <= MOST:

@@ -170,7 +170,8 @@ def evaluate(model, clip, jobs: list[Picture], folder: Path, steps: int | None =
     batch, jobs = batch or model.batch, list(dict.fromkeys(jobs))
     if (taken := results.take_over(jobs, reuse)) and RANK == 0:
         print(f"{what}: {taken} of {len(jobs)} pictures are known from earlier runs")
-    blocks, place = [jobs[i:i + batch] for i in range(0, len(jobs), batch)], results.folder / "pictures"
+    by_seed = sorted(jobs, key=lambda job: job[1])                # so a larger --n later begins alike
+    blocks, place = [by_seed[i:i + batch] for i in range(0, len(jobs), batch)], results.folder / "pictures"
 
     def done(job: Picture) -> bool:
         return job in results.found and (not keep or (place / picture_name(job)).exists())

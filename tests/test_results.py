@@ -163,6 +163,16 @@ def test_evaluate_sees_the_pictures_of_sample_and_draws_each_once(tmp_path, mode
     assert list(again) == FEW[::-1] and all(torch.equal(again[job], found[job]) for job in FEW)
 
 
+def test_more_seeds_draw_the_new_pictures_alone(tmp_path, model, clip, monkeypatch):
+    draw, drawn = model.draw, []
+    monkeypatch.setattr(model, "draw", lambda prompts, seeds, *args, **more: (
+        drawn.extend(zip(prompts, seeds)), draw(prompts, seeds, *args, **more))[1])
+    for n in (2, 3):
+        jobs = [(prompt, seed) for prompt, _ in FEW[:2] for seed in range(n)]
+        found = evaluate(model, clip, jobs, tmp_path, steps=2, batch=2)
+        assert list(found) == jobs and sorted(drawn) == sorted(jobs)
+
+
 def test_other_steps_guidance_or_weights_are_drawn_anew(tmp_path, model, clip, edit, monkeypatch):
     job, W0 = FEW[:1], cross_attention(MINI)
     base = evaluate(model, clip, job, tmp_path, steps=2)[job[0]]
