@@ -7,10 +7,11 @@ Each row of the table is a method with its strengths, mostly six (rows.py). Firs
 *choosing* synonyms and phrases of the book (`--choose-n` pictures each of 12 steps), and the best is taken:
 by the mean of two harmonic means, of what the paper measures (concept, other classes, synonyms) and of what
 is harder (concept, near things, phrases). Then it is drawn on the reported words: on one half of the classes
-with the strength that was best on the other half, and the other way round. So no strength is reported on a
-class that it was chosen on, nor on the same synonyms and phrases. The first half are the five classes on
-whose choosing words the vocabulary's other settings were set, by text alone (docs/mining.md): “H_o, second
-half” and “H near, second half” are of the five that nothing was set on.
+with the strength that was best on the other half, and the other way round; of fewer than six classes on each
+with what was best on the others. So no strength is reported on a class that it was chosen on, nor on the same
+synonyms and phrases. The first half are the five classes on whose choosing words the vocabulary's other
+settings were set, by text alone (docs/mining.md): “H_o, second half” and “H near, second half” are of those
+that nothing was set on.
 
 Where something must go (concept, synonyms, phrases, vanish) a number is the share of pictures in which CLIP
 still sees the class. Where it must stay, it is a share of the pictures that the *untouched* model draws right
@@ -207,27 +208,29 @@ def interval(cells: list[tuple], statistic, group: str | None = None, less: list
     return [round(100 * x, 2) for x in (value, low, high)]
 
 
-def choose(rows: list[str], halves: list[list[str]], args) -> tuple[dict[str, list[str]], list[dict]]:
-    """The best strength of each row for each half of the classes; and the table of all tries."""
+def folds_of(classes: list[str]) -> list[list[str]]:
+    """Classes whose strength is chosen on all the others: two halves; of fewer than six each by itself."""
+    halves = [[c for c in classes if (c in HALF) == first] for first in (True, False)]
+    return halves if all(halves) and len(classes) > 5 else [[c] for c in classes]
+
+
+def choose(rows: list[str], classes: list[str], args) -> tuple[dict[str, dict[str, str]], list[dict]]:
+    """The strength to report, {row: {class: strength}}; and the table of all tries."""
     tries = [(row, strength) for row in rows for strength in ROWS[row][2]]
-    classes = sum(halves, [])
     cells = [(c, None) for c in classes] + [(c, (*one, 0)) for one in tries for c in classes]
     seeds = range(args.seed + 1000, args.seed + 1000 + args.choose_n)                # of no reported picture
     found = dict(zip(cells, measure(cells, "choosing", seeds, args, args.choose_steps)))
 
-    def of(row: str, strength: str, some: list[str]) -> list[dict[str, list]]:
-        return [found[c, (row, strength, 0)] for c in some]
-
-    def score(row: str, strength: str, half: list[str]) -> float:
-        some = of(row, strength, half)
+    def score(row: str, strength: str, fold: list[str]) -> float:
+        some = [found[c, (row, strength, 0)] for c in classes if c not in fold]
         both = (h_o(some) + h_near(some)) / 2 if all(some) else math.nan             # {}: an edit failed
         return -1 if math.isnan(both) else both                   # near things that were never drawn right
 
-    best = {row: [max(ROWS[row][2], key=lambda strength: score(row, strength, half)) for half in halves]
-            for row in rows}
+    best = {row: {c: max(ROWS[row][2], key=lambda x: score(row, x, fold)) for fold in folds_of(classes)
+                  for c in fold} for row in rows}
     table = []
     for row, strength in tries:
-        some = of(row, strength, classes)
+        some = [found[c, (row, strength, 0)] for c in classes]
         table.append({"row": row, "strength": strength} | {
             group: round(100 * mean(some, group), 1) for group in CHOOSE if mean(some, group) >= 0}
             | {name: round(100 * h(some), 1)
@@ -248,13 +251,12 @@ def alike(cells: list[tuple]) -> list[tuple]:
                        for group, x in counts.items()}) for concept, counts in cells]
 
 
-def summary(row: str | None, cells: list[tuple], best: list[str], halves: list, to: str,
-            reference: list) -> dict:
+def summary(row: str | None, cells: list[tuple], best: dict[str, str], to: str, reference: list) -> dict:
     """A line of the table: cells (concept, counts) of the row, and of the row `to` compare with."""
     groups = dict.fromkeys(group for _, counts in cells for group, x in counts.items() if isinstance(x, list))
-    line = {"row": row or "untouched", "strength": "; ".join(dict.fromkeys(best)) if row else "–"}
+    line = {"row": row or "untouched", "strength": "; ".join(dict.fromkeys(best.values())) if row else "–"}
     line |= {group: interval(cells, lambda some: mean(some, group), group) for group in groups}
-    second = [(concept, counts) for concept, counts in cells if concept in halves[1]]
+    second = [(concept, counts) for concept, counts in cells if concept not in HALF]
     for name, h in (("H_o", h_o), ("H near", h_near)):
         line |= {name: interval(cells, h), f"{name}, second half": interval(second, h)}
         if row not in (None, to) and {c for c, _ in cells} == {c for c, _ in reference}:
@@ -287,21 +289,19 @@ def main() -> None:
     if args.reference not in (None, *args.row):
         raise UserError(f"--reference {args.reference} is none of the rows: {', '.join(args.row)}")
     version = commit()                                            # of now: pictures may take a day
-    halves = [[c for c in classes if (c in HALF) == first] for first in (True, False)]
-    halves = halves if all(halves) else [classes[::2], classes[1::2]]
-    best, tries = choose(args.row, halves, args)
+    best, tries = choose(args.row, classes, args)
     rows = "+".join(row.replace(" ", "-").replace(",", "") for row in args.row)
     name = "" if args.row == MINING else f"-{rows[:100]}"         # another table does not take its place
     if RANK == 0:
         write_tables(args.out, f"tries{name}", tries)
     cells = [(c, None) for c in classes]
-    cells += [(c, (row, best[row][1 - k], seed)) for row in args.row for k in (0, 1) for c in halves[k]
+    cells += [(c, (row, best[row][c], seed)) for row in args.row for c in classes
               for seed in seeds_of(row, c, classes)]
     found = measure(cells, "reported", range(args.seed, args.seed + args.n), args, args.steps)
     of_row = {row: alike([(concept, counts) for (concept, what), counts in zip(cells, found)
                           if (what and what[0]) == row and counts]) for row in (None, *args.row)}
     to = args.reference or REFERENCE
-    table = [summary(row, some, best.get(row, []), halves, to, of_row.get(to, []))
+    table = [summary(row, some, best.get(row, {}), to, of_row.get(to, []))
              for row, some in of_row.items() if some]
     if RANK == 0:
         model = model_name(args.model)

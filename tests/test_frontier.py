@@ -16,6 +16,7 @@ from helpers import MINI, random
 from plumbing import making
 from plumbing.book import meanings, sights, use_book
 from plumbing.cli import parse_settings
+from plumbing.disk import read_json
 from plumbing.progress import peak_memory
 from plumbing.stats import wilson
 from sample import Text
@@ -114,12 +115,13 @@ def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatc
     asked = []
 
     def measure(cells, words, seeds, args, steps):
-        """On cat and ship the first strength is best, on dog the second."""
+        """On dog, which has twice the pictures, the first strength is best, on cat and ship the second."""
         asked.append((cells, words, seeds))
-        good = [what and (what[1] == "reach=1") == (concept != "dog") for concept, what in cells]
-        return [{"concept": [1, 10], "synonyms": [1, 5] if one else [3, 5], "phrases": [1, 2],
-                 "near": [9, 10], "canary": [4, 5], "other classes": [9, 10], "drift": 0.0, "MB": 2.0}
-                for one in good]
+        good = [what and (what[1] == "reach=1") == (concept == "dog") for concept, what in cells]
+        counts = [{"concept": [1, 10], "synonyms": [1, 5] if one else [3, 5], "phrases": [1, 2],
+                   "near": [9, 10], "canary": [4, 5], "other classes": [9, 10]} for one in good]
+        return [{group: [x * (1 + (concept == "dog")) for x in pair] for group, pair in some.items()}
+                | {"drift": 0.0, "MB": 2.0} for (concept, _), some in zip(cells, counts)]
 
     monkeypatch.setattr(frontier, "measure", measure)
     monkeypatch.setattr(frontier, "ROWS", {row: ("realera.py", [], ["reach=1", "reach=2"]) for row in "ab"})
@@ -134,7 +136,7 @@ def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatc
     assert len(tries) == 3 + 2 * 2 * 3
     got = {(what[0], concept, what[1]) for concept, what in cells if what}
     assert got == {(row, concept, strength) for row in "ab"
-                   for concept, strength in (("cat", "reach=2"), ("ship", "reach=2"), ("dog", "reach=1"))}
+                   for concept, strength in (("cat", "reach=1"), ("ship", "reach=1"), ("dog", "reach=2"))}
     assert [what[2] for concept, what in cells if what and (what[0], concept) == ("b", "cat")] == [0, 1, 2, 3]
     table = json.loads((small / "o/frontier-a+b.json").read_text())
     assert [row["row"] for row in table] == ["untouched", "a", "b"]
@@ -144,6 +146,15 @@ def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatc
     # 3 / (1/0.9 + 1/0.9 + 1/0.4), and with near things and phrases
     assert table[1]["H_o"][0] == pytest.approx(100 * 3 / (1 / .9 + 1 / .9 + 1 / .4), abs=0.01)
     assert table[1]["H near"][0] == pytest.approx(100 * 3 / (1 / .9 + 1 / .9 + 1 / .5), abs=0.01)
+
+
+def test_a_class_is_reported_with_what_others_chose():
+    ten = list(read_json(MINI / "captions.json")["classes"])
+    halves = frontier.folds_of(ten)
+    assert sorted(map(len, halves)) == [5, 5] and {*halves[0]} == {*frontier.HALF}
+    assert sorted(sum(halves, [])) == sorted(ten)
+    assert frontier.folds_of(["airplane", "cat", "dog"]) == [["airplane"], ["cat"], ["dog"]]
+    assert frontier.folds_of(list("abcdef")) == [[c] for c in "abcdef"]      # a book of one's own
 
 
 @pytest.mark.parametrize("row", frontier.ROWS)
