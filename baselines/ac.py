@@ -3,6 +3,7 @@
 Paper: Kumari et al. 2023, "Ablating Concepts in Text-to-Image Diffusion Models" (model-based).
 
     python baselines/ac.py --concept airplane --anchor sky
+    python baselines/ac.py --concept airplane --anchor sky --set preset=mini     # ours, for mini
 
 x are pictures that the model draws of the anchor's prompts c*; c is the same prompt with the concept in the
 anchor's place, z_t the noised latent of x, M a mask, sg "no gradient":
@@ -46,6 +47,7 @@ class Settings:
     pictures: int = 64          # of each anchor; the authors have 1,000
     augment: bool = True        # objects; styles and people never are
     as_published: bool = True   # False: mean over the channels
+    PRESETS = {"mini": dict(lr=1e-4)}                             # the best of six rates: docs/methods.md
 
     def __post_init__(self):
         if min(self.steps, self.lr, self.batch, self.pictures) <= 0:

@@ -4,7 +4,7 @@ Paper: Gandikota et al. 2023, "Erasing Concepts from Diffusion Models".
 
     python baselines/esd.py --concept airplane                             # ESD-x: the cross-attention
     python baselines/esd.py --concept airplane --set variant=u             # ESD-u: everything else
-    python baselines/esd.py --concept airplane --set iterations=200 lr=1e-4          # enough for mini
+    python baselines/esd.py --concept airplane --set preset=mini           # ours, for mini; of ESD-u: mini-u
 
 ε* is the untouched network, ε the one that learns; c is the concept's bare word, z_t a latent on the way to a
 picture of it, as ε itself draws it by now:
@@ -52,6 +52,8 @@ class Settings:
     steps: int = 0              # of DDIM from noise to picture; 0: the model's own
     frozen: bool = False        # True: the untouched network draws z
     as_published: bool = True   # False: the network is given the time that z has
+    PRESETS = {"mini": dict(iterations=200, lr=3e-5),             # the best of six rates: docs/methods.md
+               "mini-u": dict(variant="u", iterations=60, steps=10, lr=3e-5)}
 
     def __post_init__(self):
         if self.variant not in ("x", "u"):

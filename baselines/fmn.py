@@ -3,6 +3,7 @@
 Paper: Zhang et al. 2023, "Forget-Me-Not: Learning to Forget in Text-to-Image Diffusion Models".
 
     python baselines/fmn.py --concept airplane
+    python baselines/fmn.py --concept airplane --set preset=mini  # ours, for mini
     python baselines/fmn.py --concept airplane --set trains=attn2 lr=1e-5
 
 Its "attention resteering": P holds the cross-attention probabilities of all layers, heads and pixels at the
@@ -43,6 +44,7 @@ class Settings:
     lr: float = 2e-6
     pictures: int = 8           # of the concept, to learn from
     as_published: bool = True   # see "as coded"
+    PRESETS = {"mini": dict(lr=3e-5)}                             # the best of six rates: docs/methods.md
 
     def __post_init__(self):
         if self.trains not in ("unet", "attn2"):

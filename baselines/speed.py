@@ -58,7 +58,7 @@ class Settings:
     filter: bool = True         # retain only rows that the edit would move much
     as_published: bool = True   # False: aug_num 0 and filter False
     retain: str = ""            # --retain: words, separated by commas; or nouns: those that realera.py keeps
-    rows: str = "token"         # or tail: the last token and all after it, which mini needs
+    rows: str = "token"         # or tail: the last token and all after it
     prompts = "word"            # not to be set
 
     def __post_init__(self):

@@ -50,6 +50,7 @@ QUICK = {"realera.py": ERASE, "rece.py": ERASE, "baselines/uce.py": ERASE,
          "baselines/speed.py": ERASE, "baselines/vocabulary.py": ERASE,
          "baselines/sld.py": ERASE, "baselines/surgery.py": ERASE,
          "baselines/spm.py": [*ERASE, "--set", "iterations=1"], "my_method.py": ERASE,
+         "baselines/esd.py": [*ERASE, "--set", "iterations=1"],
          "sample.py": FEW, "eval_clip.py": FEW,
          "experiments/attack.py": [*FEW, "--choose", "1", "--budget", "1"], "experiments/lora_rank.py": FEW,
          "experiments/preview_worth.py": [*FEW, "--classes", "1"]}
