@@ -45,7 +45,7 @@ from erasing import Job, run
 from plumbing import UserError
 from plumbing.cli import settings_of
 
-#                    s_S      δ   λ      s_m  β_m
+
 @dataclass(frozen=True)
 class Settings:
     """The authors' four presets, medium by default. Noise has variance 1 in every model, so the same numbers

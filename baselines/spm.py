@@ -48,6 +48,7 @@ from plumbing.disk import whole
 from plumbing.training import descend, predict
 from unet import SpatialTransformer
 
+
 @dataclass(frozen=True)
 class Settings:
     iterations: int = 3000

@@ -136,12 +136,12 @@ def concept_and_anchor(line: str) -> tuple[str, str | None]:
 
 def erasing_args(doc: str, settings_class, own: dict[str, dict], suffix: str, anchor: str | None):
     """Parse the flags of every method and its `own` (flag -> add_argument's keywords). Flags and settings."""
-    listed_of = {"settings and their defaults": {field.name: field.default for field in
-                                                 dataclasses.fields(settings_class)}}
-    listed_of |= {f"preset={name} is": values for name, values in presets_of(settings_class).items()}
+    defaults = {field.name: field.default for field in dataclasses.fields(settings_class)}
+    lists = {"settings and their defaults": defaults} | {
+        f"preset={name} is": values for name, values in presets_of(settings_class).items()}
     parser = program(doc, epilog="\n".join(
-        f"{what}: " + (", ".join(f"{name}={value}" for name, value in some.items()) or "the defaults")
-        for what, some in listed_of.items()))
+        f"{what}: " + (", ".join(f"{name}={value}" for name, value in values.items()) or "the defaults")
+        for what, values in lists.items()))
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--concept", action="append", help="what to erase; may be repeated")
     what.add_argument("--concepts", type=Path, metavar="FILE",
@@ -260,14 +260,13 @@ def presets_of(settings_class) -> dict[str, dict]:
 def parse_settings(settings_class, changes: list[str], **flags):
     """`--set D1=0.8 M=3` -> settings_class(D1=0.8, M=3), values in their field's type; flags may be None."""
     fields, values = {field.name: field for field in dataclasses.fields(settings_class)}, {}
+    kinds = {name: field.type for name, field in fields.items()}
+    kinds |= {"preset": str} if presets_of(settings_class) else {}
     for change in changes:
         name, _, value = change.partition("=")
-        if name == "preset" and presets_of(settings_class):
-            values[name] = value
-            continue
-        if name not in fields:
-            raise UserError(f"--set {change}: there is no setting {name!r}; there are {', '.join(fields)}")
-        kind = fields[name].type
+        if name not in kinds:
+            raise UserError(f"--set {change}: there is no setting {name!r}; there are {', '.join(kinds)}")
+        kind = kinds[name]
         try:
             values[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):

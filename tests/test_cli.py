@@ -1,6 +1,8 @@
 """Devices, errors as one line, and texts in UTF-8."""
 import ast
+import dataclasses
 import errno
+import importlib
 import os
 import re
 import runpy
@@ -15,7 +17,7 @@ from safetensors import SafetensorError
 
 from helpers import AIRPLANE, CLOSED, ENV, ROOT
 from plumbing import UserError
-from plumbing.cli import command_line, edit_name, pick_device, slug
+from plumbing.cli import command_line, edit_name, parse_settings, pick_device, slug
 from plumbing.disk import whole_folder
 
 
@@ -136,3 +138,19 @@ def test_a_reader_that_goes_away_takes_no_edit_along(tmp_path):
     assert process.wait() == 0 and "Traceback" not in said and "BrokenPipe" not in said, said
     assert sorted(path.name for path in tmp_path.glob("edit/*")) == [
         "erased.safetensors", "report.html", "run.json"]
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "baselines").glob("*.py")))
+def test_named_settings_are_their_methods_and_what_else_is_set_comes_after(file):
+    module = importlib.import_module(f"baselines.{file.removesuffix('.py')}")
+    named = getattr(module.Settings, "PRESETS", {})
+    for name, values in named.items():
+        s = parse_settings(module.Settings, [f"preset={name}"])
+        assert dataclasses.asdict(s) == dataclasses.asdict(module.Settings()) | values
+        each = [f"{setting}={value}" for setting, value in values.items()]
+        assert parse_settings(module.Settings, [*each, f"preset={name}"]) == s
+    first = next((name for name, values in named.items() if "lr" in values), None)
+    if first:
+        assert parse_settings(module.Settings, ["lr=0.25", f"preset={first}"]).lr == 0.25
+    with pytest.raises(UserError, match="need preset = .*, not none" if named else "no setting 'preset'"):
+        parse_settings(module.Settings, ["preset=none"])

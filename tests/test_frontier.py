@@ -1,6 +1,5 @@
 """What vanishes against what stays: what is chosen on which words, and the shares, a second way."""
 import argparse
-import dataclasses
 import importlib
 import json
 import math
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from experiments import frontier
 from experiments.rows import CLOSED
 from helpers import MINI, random
-from plumbing import UserError, making
+from plumbing import making
 from plumbing.book import meanings, sights, use_book
 from plumbing.cli import parse_settings
 from plumbing.disk import read_json
@@ -269,19 +268,3 @@ def test_a_book_without_words_to_choose_on_is_refused(refused, tmp_path):
     (tmp_path / "book.json").write_text(json.dumps({"classes": classes, "scenes": BOOK["scenes"]}))
     refused("experiments/frontier.py", "--book", "book.json", cwd=tmp_path, match="lists stay and choosing")
     use_book(None)
-
-
-@pytest.mark.parametrize("file", sorted(path.name for path in (MINI.parent / "baselines").glob("*.py")))
-def test_named_settings_are_their_methods_and_what_else_is_set_comes_after(file):
-    module = importlib.import_module(f"baselines.{file.removesuffix('.py')}")
-    named = getattr(module.Settings, "PRESETS", {})
-    for name, values in named.items():
-        s = parse_settings(module.Settings, [f"preset={name}"])
-        assert dataclasses.asdict(s) == dataclasses.asdict(module.Settings()) | values
-        changed = parse_settings(module.Settings, [*(f"{x}={y}" for x, y in values.items()), f"preset={name}"])
-        assert changed == s
-    first = next((name for name, values in named.items() if "lr" in values), None)
-    if first:
-        assert parse_settings(module.Settings, ["lr=0.25", f"preset={first}"]).lr == 0.25
-    with pytest.raises(UserError, match="need preset = .*, not none" if named else "no setting 'preset'"):
-        parse_settings(module.Settings, ["preset=none"])
