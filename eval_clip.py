@@ -176,9 +176,9 @@ def judge(flag: str | None, folder: Path, device) -> CLIP:
 # script, which RealEra follows, averages the probability.
 
 def harmonic(acc_e: float, acc_s: float, acc_g: float) -> float:
-    """H_o of accuracies in [0, 1], or of tensors: 3 / (1/(1 − Acc_e) + 1/Acc_s + 1/(1 − Acc_g))."""
-    found = 3 / sum(1 / torch.as_tensor(x, dtype=torch.float64) for x in (1 - acc_e, acc_s, 1 - acc_g))
-    return found if found.dim() else found.item()                 # 1/0 is infinite: then it is 0
+    """H_o of accuracies in [0, 1]: 3 / (1/(1 − Acc_e) + 1/Acc_s + 1/(1 − Acc_g)), 0 if a term is 0."""
+    terms = (1 - acc_e, acc_s, 1 - acc_g)
+    return 3 / sum(1 / term for term in terms) if min(terms) > 0 else 0.0
 
 
 def h_o(means: dict[str, float]) -> float:

@@ -42,7 +42,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import make_pairs
-from eval_clip import harmonic
 from experiments.rows import ANCHOR, MINING, RANDOM, ROWS, TRAINED, names_of
 from experiments.shares import groups_of, near_things
 from experiments.tables import NOISE, drift_of, each
@@ -151,6 +150,11 @@ def mean(cells: list[dict[str, list]], group: str) -> float:
     return sum(right for right, _ in counts) / sum(of for _, of in counts) if counts else math.nan
 
 
+def harmonic(gone: float, stays: float, also_gone: float) -> float:    # eval_clip's, of tensors: slow there
+    found = 3 / sum(1 / torch.as_tensor(x, dtype=torch.float64) for x in (1 - gone, stays, 1 - also_gone))
+    return found if found.dim() else found.item()
+
+
 def h_o(cells: list[dict[str, list]]) -> float:
     """As in the paper: concept, other classes, synonyms."""
     return harmonic(mean(cells, "concept"), mean(cells, "other classes"), mean(cells, "synonyms"))
@@ -222,11 +226,8 @@ def choose(rows: list[str], classes: list[str], args) -> tuple[dict[str, dict[st
         both = (h_o(some) + h_near(some)) / 2 if all(some) else math.nan             # {}: an edit failed
         return -1 if math.isnan(both) else both                   # near things that were never drawn right
 
-    best = {row: {} for row in rows}
-    for row in rows:
-        for fold in folds_of(classes):
-            chosen = max(ROWS[row][2], key=lambda strength: score(row, strength, fold))
-            best[row] |= dict.fromkeys(fold, chosen)
+    best = {row: {c: max(ROWS[row][2], key=lambda x: score(row, x, fold)) for fold in folds_of(classes)
+                  for c in fold} for row in rows}
     table = []
     for row, strength in tries:
         some = [found[c, (row, strength, 0)] for c in classes]
