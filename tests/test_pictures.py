@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
+from plumbing import UserError
 from plumbing.pictures import as_png, grid, pixels, read_png, write_png, write_sheet
 
 NOISE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -60,6 +61,9 @@ def test_a_picture_comes_back_as_it_was_written(tmp_path):
     picture = torch.rand(3, 5, 7)
     write_png(tmp_path / "x.png", pixels(picture[None])[0], {"prompt": "IDAT"})
     assert (255 * read_png(tmp_path / "x.png") - 255 * picture).abs().max() <= 0.51
+    PIL.Image.fromarray(NOISE).save(tmp_path / "theirs.png")
+    with pytest.raises(UserError, match="theirs.png was not written by this version"):
+        read_png(tmp_path / "theirs.png")
 
 
 def test_a_sheet_is_written_line_by_line(tmp_path):
