@@ -51,6 +51,7 @@ class Settings:
     fisher_prompts: int = 60    # pictures that F is from; the authors: 5,000
     fisher_times: int = 20      # times t for each; the authors: all 1,000
     as_published: bool = True   # see "as coded"
+    PRESETS = {"mini": dict(steps=60, batch=4, lr=2e-3)}          # the best of six rates: docs/methods.md
 
     def __post_init__(self):
         if self.trains not in ("unet", "rest"):
