@@ -4,6 +4,7 @@ Paper: Heng and Soh 2023, "Selective Amnesia: A Continual Learning Approach to F
 Models".
 
     python baselines/sa.py --concept airplane --anchor sky
+    python baselines/sa.py --concept airplane --anchor sky --set preset=mini     # ours, for mini
     python baselines/sa.py --concept airplane --anchor sky --set fisher_times=50 steps=400
 
 Pictures x of the anchor are surrogates: from now on the concept's prompt c_f shall draw them. Others are
