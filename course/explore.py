@@ -8,9 +8,8 @@ their default. For each step it holds pictures beside the untouched model's, fro
 the way that prompts go, where their rows lie in a plane before and after, and what CLIP counts. Drawn are --n
 pictures a prompt at the defaults and half as many elsewhere, where the other classes are known by text alone.
 
-What is finished of a class is kept in --work: a killed run goes on, and the page is put together at the end.
-A class's pictures are one JPEG, of the best quality with which the page stays below 3 MiB (that needs Pillow,
-which tests install; without it they are PNGs).
+What is finished of a class is kept in --work: a killed run goes on. A class's pictures are one JPEG, of the
+best quality with which the page stays below 3 MiB (by Pillow, which tests install; without it PNGs).
 """
 import base64
 import hashlib
@@ -60,10 +59,11 @@ def slider(setting: str, label: str, default: float, says: str, times=(), plus=(
 def methods() -> list[dict]:
     """What can be chosen on the page. Every value comes from the methods' own defaults."""
     r, v = realera.Settings(), vocabulary.Settings()
-    tolerance = {"setting": "D1_anchor", "label": "tolerance r′ up to", "default": 2,
+    limits = [f"{x * r.D1_anchor:g}" for x in (0, 0.5, 1)]
+    tolerance = {"setting": "tolerance", "label": "tolerance r′ up to", "default": 3,
                  "says": "how far around the anchor neighbors land; r′ = r: as far as around the concept",
-                 "values": [*(f"{x * r.D1_anchor:g}" for x in (0, 0.5, 1)), "r′ = r"],
-                 "set": [*(f"D1_anchor={x * r.D1_anchor:g}" for x in (0, 0.5, 1)), "tolerance=same"]}
+                 "values": [*limits, "r′ = r"],
+                 "set": [*(f"tolerance=own D1_anchor={x}" for x in limits), "tolerance=same"]}
     reach = "how far along the way from concept to anchor the concept itself is sent: 1 is the anchor"
     ridge = "holds the edit small in all directions"
     return [
@@ -73,7 +73,7 @@ def methods() -> list[dict]:
              slider("lambda2", "ridge λ2", r.lambda2, ridge, (0.01, 1, 10, 100))]},
         {"id": "realera", "name": "RealEra", "settings": "", "says": "Eq. (7) with neighbors, which are the "
          "concept blended with noise, and beyond-concepts, which stay. No noise alignment.", "sliders": [
-             slider("lambda1", "λ1", r.lambda1, "weight of what must stay", (1 / 300, 1 / 30, 1 / 3, 1)),
+             slider("lambda1", "λ1", r.lambda1, "weight of what must stay", (1 / 400, 1 / 40, 1 / 4, 1)),
              slider("reach", "reach", r.reach, reach, (1, 1.5, 2, 3)),
              slider("M", "neighbors M", r.M, "how many neighbors go with the concept", (0, 0.05, 1, 3)),
              tolerance,

@@ -36,7 +36,8 @@ def towards_noise(e, noise, f=realera.towards_noise):
 
 def neighbor_concepts(e, e_star, noise, u, u_star, D1, D1_anchor, S1, S2, f=realera.neighbor_concepts):
     with drawing(noise, u, u_star):
-        return f(e, e_star, realera.Settings(M=len(noise), D1=D1, D1_anchor=D1_anchor, S1=S1, S2=S2), None)
+        s = realera.Settings(M=len(noise), D1=D1, tolerance="own", D1_anchor=D1_anchor, S1=S1, S2=S2)
+        return f(e, e_star, s, None)
 
 
 def beyond_concepts(e, noise, u, D1, D2, S2, f=realera.beyond_concepts):

@@ -32,7 +32,7 @@ from sample import Text
 CLOSED = "M=0 N=0 lambda1=0.1"
 METHODS = {                     # name -> settings of realera.py, or of vocabulary.py
     "closed form": CLOSED, "closed form, reach 2": f"{CLOSED} reach=2",
-    "RealEra, mining=expected": "mining=expected", "… with λ1 = 1": "mining=expected lambda1=1",
+    "RealEra": "", "… mining=expected": "mining=expected", "… and λ1 = 1": "mining=expected lambda1=1",
     "vocabulary, cosine 0.8, no contrast": "vocabulary contrast=0 threshold=0.8 measured=false",
     "vocabulary": "vocabulary measured=false", "vocabulary, all words": "vocabulary"}
 

@@ -41,7 +41,7 @@ from realera import Settings, erase_in_closed_form
 from sample import Model, Text
 
 CLOSED = ["M=0", "N=0", "lora_steps=0"]
-PRINTED_WAY = ["lambda1=0.1", "D1_anchor=0.55", "lora_steps=200"]          # RealEra as the paper prints it
+PRINTED_WAY = ["lambda1=0.1", "tolerance=own", "D1_anchor=0.55", "lora_steps=200"]     # RealEra as printed
 # Table 1's closed forms have the paper's lambda1; "reach 2" is a rival to mining.
 TABLES = {"1": {"closed form": [*CLOSED, "lambda1=0.1"],
               "closed form, reach 2": [*CLOSED, "lambda1=0.1", "reach=2"],
@@ -66,9 +66,10 @@ alone. A picture of none of them has to be one of them, and a probability depend
 """
 # One change of the defaults each. Chosen on the text alone, with templates that no table uses.
 SWEEP = ["", "M=0 N=0", "M=0 N=0 reach=2", "M=0 N=0 lambda1=0.1", "M=0 N=0 lambda1=0.1 reach=2", "M=5 N=3",
-         "M=20 N=6", "M=200 N=60", "N=0", "N=100", "D2=2.5", "D1_anchor=0.2", "D1=0.8", "S1=0.99", "S2=0.6",
-         "S2=0.1 D1=1.4", "share=true", "lambda1=0.1", "lambda1=0.1 N=100", "lambda2=0.001", "lambda2=0.1",
-         "rows=token", "real_prompts=false", "D1=0.9 D1_anchor=0.2 S1=0.99 S2=0.5 M=5 N=3 lambda1=0.1"]
+         "M=20 N=6", "M=200 N=60", "N=0", "N=100", "D2=2.5", "tolerance=own", "tolerance=own D1_anchor=0.2",
+         "mining=expected", "D1=0.8", "S1=0.99", "S2=0.6", "S2=0.1 D1=1.4", "share=true", "lambda1=0.1",
+         "lambda1=0.1 N=100", "lambda2=0.001", "lambda2=0.1", "rows=token", "real_prompts=false",
+         "D1=0.9 tolerance=own D1_anchor=0.2 S1=0.99 S2=0.5 M=5 N=3 lambda1=0.1"]
 # Figure 5 (a): D is read as D1, S as S2 with S1 fixed. The closed form alone, unless --set lora_steps=200.
 FIGURE = {"D-S": ("D1", [0.8, 0.9, 1.0, 1.1], "S2", [0.1, 0.3, 0.5, 0.65]),
           "M-N": ("M", [1, 5, 20, 100, 200], "N", [0, 3, 10, 30, 100])}

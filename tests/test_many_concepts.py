@@ -33,12 +33,12 @@ def test_once_in_all_is_the_plain_sum(text):
 
 
 def test_text_alone_gives_table_and_curve(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(many_concepts, "COUNTS", (1, 3))
+    monkeypatch.setattr(many_concepts, "COUNTS", (1, 6))
     monkeypatch.setattr(many_concepts, "shown", no_drawing)
     here("experiments/many_concepts.py", "--n", 0, "--out", "many", cwd=tmp_path)
     rows = json.loads((tmp_path / "many/many.json").read_text())
     assert [(row["concepts"], row["what must stay"]) for row in rows] == [
-        (n, way) for n in (1, 3) for way in many_concepts.WAYS]
+        (n, way) for n in (1, 6) for way in many_concepts.WAYS]
     same, other, few, many = [row["drift"] for row in rows]
     assert same == other and few < many and rows[0]["share of concepts"] > 0.7
     assert "concepts erased at once" in (tmp_path / "many/many.svg").read_text("utf-8")
