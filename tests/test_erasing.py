@@ -158,7 +158,7 @@ def test_a_wrong_setting_is_said_before_an_existing_folder(refused, tmp_path):
 def test_settings_are_finite_from_python_too(model):
     for name, value in (("reach", float("nan")), ("D1_anchor", float("inf")), ("M", 10 ** 9)):
         with pytest.raises(UserError, match=f"{name} = "):
-            erasing.erase_with(realera, model, "dog", **{name: value})
+            erasing.erase_with(realera, model, "dog", tolerance="own", **{name: value})
 
 
 def test_capitals_are_moot_as_clip_reads_none(here, tmp_path):
@@ -185,7 +185,8 @@ def test_existing_folder_is_kept_unless_overwrite_is_given(refused, tmp_path):
 
 
 def test_flags_of_realera_export_what_it_wrote(here, tmp_path):
-    here("realera.py", *AIRPLANE, *CLOSED, "--export", "sd", "--export-lora", 8, cwd=tmp_path)
+    here("realera.py", *AIRPLANE, *CLOSED, "--set", "lambda1=1", "tolerance=own",         # of no low rank
+         "--export", "sd", "--export-lora", 8, cwd=tmp_path)
     out = tmp_path / "out/airplane"
     erased = load_file(out / "erased.safetensors")
     assert same(load_file(tmp_path / "sd" / UNET), load_file(MINI / UNET) | erased)
