@@ -71,7 +71,7 @@ class Settings:
                              "D1_anchor, M, N, lambda1, lambda2 and lid at least 0"),
                             (self.lora_steps >= 0 and self.lr > 0, "lora_steps at least 0 and lr above 0"),
                             (self.tolerance == "own" or self.D1_anchor == type(self).D1_anchor,
-                             "tolerance=own beside D1_anchor, which else says nothing"),
+                             "tolerance=own with a D1_anchor, which does nothing otherwise"),
                             (self.rank > 0 and self.batch > 0 and self.trajectories > 1,
                              "rank and batch at least 1, trajectories at least 2"),
                             *((getattr(self, name) in words, f"{name} = {' or '.join(words)}, not "
