@@ -259,7 +259,7 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
             W, about = save(job, erase(job, s), {"method": method, "settings": dataclasses.asdict(s)})
         job.folder = args.out                                     # from here on nothing can take it away
         print(f"wrote {args.out}/")
-        delta = text_change(job.W0, W) if W.keys() & job.W0.keys() else None
+        delta = text_change(job.W0, W) if 'drift of ""' in job.report.get("numbers", ()) else None
         about |= {} if delta is None else {"shares": say_shares(delta, job.pairs, job.task, job.text)}
         if not args.no_pictures:
             for draw in job.later:

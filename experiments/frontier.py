@@ -7,28 +7,26 @@ Each row of the table is a method with its strengths, mostly six (rows.py). Firs
 *choosing* synonyms and phrases of the book (`--choose-n` pictures each of 12 steps), and the best is taken:
 by the mean of two harmonic means, of what the paper measures (concept, other classes, synonyms) and of what
 is harder (concept, near things, phrases). Then it is drawn on the reported words: on one half of the classes
-with the strength that was best on the other half, and the other way round; of fewer than six classes on each
-with what was best on the others. So no strength is reported on a class that it was chosen on, nor on the same
-synonyms and phrases. The first half are the five classes on whose choosing words the vocabulary's other
-settings were set, by text alone (docs/mining.md): “H_o, second half” and “H near, second half” are of those
-that nothing was set on.
+with the strength that was best on the other half, and the other way round; of fewer than six classes, or with
+--choose-on, with what was best on the others. So no strength is reported on a class that it was chosen on,
+nor on the same synonyms and phrases. The first half are the five classes on whose choosing words the
+vocabulary's other settings were set, by text alone (docs/mining.md): “H_o, second half” and “H near, second
+half” are of those that nothing was set on.
 
 Where something must go (concept, synonyms, phrases, vanish) a number is the share of pictures in which CLIP
 still sees the class. Where it must stay, it is a share of the pictures that the *untouched* model draws right
 from the same noise: near things, the nearest of them by the text (the canary), a far one, the other classes,
 one synonym and one phrase of each, the anchor; `disputed` is what readers disagree about. (Of the untouched
 model itself it is a share of all.) `strange` counts pictures that look like none of the untouched model's:
-black ones, noise. Random rows have four seeds of the edit, trained ones three on three classes. Intervals
-are the wider of two: classes and their edits drawn again, and Wilson's over pictures; of H_o and H near, of
-classes, edits and pictures drawn again. “H_o − ROW” is the difference to that row (--reference), class by
-class. “Ten-way probability” is the paper's number, of all pictures: the mean probability of the name among
-the classes alone. Seconds are those of the erasure, loading the text encoder included; GiB the most memory
-that its process held, on a GPU the GPU's; MB the size of the file of its weights.
+black ones, noise. Random rows have four seeds of the edit, trained ones three on the first three classes that
+strengths are chosen on. Intervals are the wider of two: classes and their edits drawn again, and Wilson's
+over pictures; of H_o and H near, of classes, edits and pictures drawn again. “H_o − ROW” is the difference to
+that row (--reference), class by class. “Ten-way probability” is the paper's number, of all pictures: the mean
+probability of the name among the classes alone. Seconds of the erasure include loading the text encoder; GiB
+is its process's most memory, or the GPU's; MB its file's size.
 
 tries.json has all tries, cells.json every class by itself, frontier.svg a curve per row, of the tries. Ten
-classes and the default rows are some 110,000 pictures at --n 10, three hours on two cores; a killed run goes
-on. Of the other methods most are trained, each at six learning rates from the authors' own up (SPM's lie
-around its preset for `mini`), so that none is left where nothing happens. A try that fails is a warning.
+classes and the default rows are 110,000 pictures at --n 10, three hours on two cores. A killed run goes on.
 """
 import functools
 import math
@@ -91,11 +89,11 @@ def numbers_of(edit: Path | None) -> dict[str, float]:
     """What an edit moves in the text, the seconds and memory that it took, and the size of its weights."""
     if edit is None:
         return {"drift": 0.0}
-    report = read_json(edit / "run.json")
-    size = file.stat().st_size if (file := edit_file(edit)) else 0
-    peak = {"peak GiB": report["peak GiB"]} if "peak GiB" in report else {}
-    return {"drift": drift_of(report), "seconds": round(sum(report["seconds"].values()), 1),
-            "MB": round(size / 1e6, 2)} | peak
+    report, file = read_json(edit / "run.json"), edit_file(edit)
+    found = {"drift": drift_of(report) if 'drift of ""' in report.get("numbers", ()) else None,
+             "seconds": round(sum(report["seconds"].values()), 1),
+             "MB": round(file.stat().st_size / 1e6, 2) if file else 0.0, "peak GiB": report.get("peak GiB")}
+    return {name: number for name, number in found.items() if number is not None}
 
 
 def strange(seen: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
@@ -214,32 +212,32 @@ def folds_of(classes: list[str]) -> list[list[str]]:
     return halves if all(halves) and len(classes) > 5 else [[c] for c in classes]
 
 
-def choose(rows: list[str], classes: list[str], args) -> tuple[dict[str, dict[str, str]], list[dict]]:
-    """The strength to report, {row: {class: strength}}; and the table of all tries."""
+def choose(rows: list[str], classes: list[str], on: list[str], args) -> tuple[dict, list[dict]]:
+    """The strength to report, {row: {class: strength}}; and the table of all tries, on these classes."""
     tries = [(row, strength) for row in rows for strength in ROWS[row][2]]
-    cells = [(c, None) for c in classes] + [(c, (*one, 0)) for one in tries for c in classes]
+    cells = [(c, None) for c in on] + [(c, (*one, 0)) for one in tries for c in on]
     seeds = range(args.seed + 1000, args.seed + 1000 + args.choose_n)                # of no reported picture
     found = dict(zip(cells, measure(cells, "choosing", seeds, args, args.choose_steps)))
 
     def score(row: str, strength: str, fold: list[str]) -> float:
-        some = [found[c, (row, strength, 0)] for c in classes if c not in fold]
+        some = [found[c, (row, strength, 0)] for c in on if c not in fold]
         both = (h_o(some) + h_near(some)) / 2 if all(some) else math.nan             # {}: an edit failed
         return -1 if math.isnan(both) else both                   # near things that were never drawn right
 
-    best = {row: {c: max(ROWS[row][2], key=lambda x: score(row, x, fold)) for fold in folds_of(classes)
-                  for c in fold} for row in rows}
+    folds = dict.fromkeys(classes, []) | {c: fold for fold in folds_of(on) for c in fold}
+    best = {row: {c: max(ROWS[row][2], key=lambda x: score(row, x, folds[c])) for c in classes}
+            for row in rows}
     table = []
     for row, strength in tries:
-        some = [found[c, (row, strength, 0)] for c in classes]
-        table.append({"row": row, "strength": strength} | {
-            group: round(100 * mean(some, group), 1) for group in CHOOSE if mean(some, group) >= 0}
-            | {name: round(100 * h(some), 1)
-               for name, h in (("H_o", h_o), ("H near", h_near)) if h(some) >= 0})
+        some = [found[c, (row, strength, 0)] for c in on]
+        numbers = {group: mean(some, group) for group in CHOOSE} | {"H_o": h_o(some), "H near": h_near(some)}
+        table.append({"row": row, "strength": strength}
+                     | {name: round(100 * x, 1) for name, x in numbers.items() if x >= 0})
     return best, table
 
 
 def seeds_of(row: str, concept: str, classes: list[str]) -> range:
-    """The seeds of a row's edits of a class."""
+    """The seeds of a row's edits of a class. classes: those that strengths are chosen on."""
     names = names_of(row)
     return range(4 if names & RANDOM else 3 if names & TRAINED and concept in classes[:3] else 1)
 
@@ -271,32 +269,34 @@ def main() -> None:
     parser.add_argument("--row", nargs="+", choices=ROWS, default=MINING,
                         help="methods (default: the closed forms, from \"closed form\" to UCE)")
     parser.add_argument("--reference", choices=ROWS, help=f"the row to compare with (default {REFERENCE})")
-    parser.add_argument("--concept", nargs="+", type=str.lower, help="classes, two or more (default: all)")
+    parser.add_argument("--concept", nargs="+", type=str.lower, help="classes (default: all)")
+    parser.add_argument("--choose-on", nargs="+", type=str.lower, metavar="CONCEPT",
+                        help="classes to choose strengths on (default: those of --concept)")
     parser.add_argument("--choose-n", type=int, default=4, help="pictures per prompt of a try (default 4)")
     parser.add_argument("--choose-steps", type=int, default=12, help="sampling steps of a try (default 12)")
     args = measuring_args(parser)
     at_least_1(args, "choose_n", "choose_steps")
     args.out, args.edit_seed = args.out or Path("out/frontier"), 0
     classes = list(dict.fromkeys(args.concept or book()["classes"]))
-    for concept in classes:
-        entry = book()["classes"].get(concept)
-        if not entry or not all(entry.get("choosing", {}).get(kind) for kind in ("synonyms", "associated")) \
-                or not entry.get("stay"):
+    on = list(dict.fromkeys(args.choose_on or classes))
+    for concept in classes + on:
+        entry = book()["classes"].get(concept, {})
+        if not all([entry.get("stay"), *map(entry.get("choosing", {}).get, ("synonyms", "associated"))]):
             raise UserError(f"{concept}: this needs a class of --book with lists stay and choosing, as in "
                             "mini/captions.json")
-    if len(classes) < 2:
+    if any({*on} <= {c} for c in classes) and any(len(ROWS[row][2]) > 1 for row in args.row):
         raise UserError("--concept: give two classes or more; strengths are chosen on others than reported")
     if args.reference not in (None, *args.row):
         raise UserError(f"--reference {args.reference} is none of the rows: {', '.join(args.row)}")
     version = commit()                                            # of now: pictures may take a day
-    best, tries = choose(args.row, classes, args)
+    best, tries = choose(args.row, classes, on, args)
     rows = "+".join(row.replace(" ", "-").replace(",", "") for row in args.row)
     name = "" if args.row == MINING else f"-{rows[:100]}"         # another table does not take its place
     if RANK == 0:
         write_tables(args.out, f"tries{name}", tries)
     cells = [(c, None) for c in classes]
     cells += [(c, (row, best[row][c], seed)) for row in args.row for c in classes
-              for seed in seeds_of(row, c, classes)]
+              for seed in seeds_of(row, c, on)]
     found = measure(cells, "reported", range(args.seed, args.seed + args.n), args, args.steps)
     of_row = {row: alike([(concept, counts) for (concept, what), counts in zip(cells, found)
                           if (what and what[0]) == row and counts]) for row in (None, *args.row)}

@@ -5,7 +5,7 @@
 “noise alignment” sweeps its learning rate and steps, beside none, with the paper's target and with where the
 closed form sends the concept. "NAME, authors'" has its authors' own settings, in SD's units (AC and SA: fewer
 pictures, SA fewer steps), and nothing to choose; "NAME, corrected" is NAME without the oddities of its
-authors' code (as_published=false).
+authors' code (as_published=false). "retrained" is a U-Net that was trained without the one class asked for.
 """
 from experiments.tables import CLOSED, METHODS, PRINTED_WAY
 
@@ -59,9 +59,11 @@ ROWS |= {f"{name}, corrected": (file, [*settings, "as_published=false"], strengt
          if name in ("ESD-x", "ESD-u", "AC", "FMN", "SA", "SPM", "MACE", "SPEED")}
 AUTHORS = {f"{name}, authors'": method for name, method in METHODS.items() if name != "RealEra"}
 ROWS |= {name: (file, settings, [""]) for name, (file, settings, *_) in AUTHORS.items()}
-ROWS["RealEra, default"] = "realera.py", [], [""]
+ROWS |= {"RealEra, default": ("realera.py", [], [""]),
+         "retrained": ("baselines/retrained.py", ["unet=out/mini/unet"], [""])}
 # Of a row, or of all rows with the name before the comma. Anchors: their authors'; of others the book's.
-ANCHOR = {"SPM": "", "Surgery": ""} | {name: anchor[0] for name, (_, _, *anchor) in AUTHORS.items() if anchor}
+ANCHOR = {"SPM": "", "Surgery": "", "retrained": ""} | {
+    name: anchor[0] for name, (_, _, *anchor) in AUTHORS.items() if anchor}
 RANDOM = {"RealEra, as printed", "RealEra, sampled", "RealEra, default", "SPEED"}    # four seeds of the edit
 TRAINED = {"MACE", "ESD-x", "ESD-u", "AC", "FMN", "SA", "SPM", "noise alignment"}    # three, on three classes
 

@@ -126,9 +126,10 @@ def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatc
     monkeypatch.setattr(frontier, "measure", measure)
     monkeypatch.setattr(frontier, "ROWS", {row: ("realera.py", [], ["reach=1", "reach=2"]) for row in "ab"})
     monkeypatch.setattr(frontier, "RANDOM", {"b"})
-    monkeypatch.setattr(frontier, "measuring_args", lambda parser: argparse.Namespace(
-        row=["a", "b"], concept=None, choose_n=3, choose_steps=2, steps=9, n=2, seed=5,
-        out=small / "o", dtype="float32", reference="b", model="mini"))
+    given = {"row": ["a", "b"], "concept": None, "choose_on": None, "choose_n": 3, "choose_steps": 2,
+             "steps": 9, "n": 2, "seed": 5, "out": small / "o", "dtype": "float32", "reference": "b",
+             "model": "mini"}
+    monkeypatch.setattr(frontier, "measuring_args", lambda parser: argparse.Namespace(**given))
     (small / "o").mkdir()
     frontier.main()
     (tries, words, seeds), (cells, reported, others) = asked
@@ -146,6 +147,14 @@ def test_strengths_are_chosen_on_other_words_and_other_classes(small, monkeypatc
     # 3 / (1/0.9 + 1/0.9 + 1/0.4), and with near things and phrases
     assert table[1]["H_o"][0] == pytest.approx(100 * 3 / (1 / .9 + 1 / .9 + 1 / .4), abs=0.01)
     assert table[1]["H near"][0] == pytest.approx(100 * 3 / (1 / .9 + 1 / .9 + 1 / .5), abs=0.01)
+    given |= {"row": ["a"], "choose_on": ["cat", "dog"], "reference": None}
+    monkeypatch.setattr(frontier, "TRAINED", {"a"})
+    frontier.main()
+    (tries, *_), (cells, *_) = asked[2:]
+    assert {concept for concept, _ in tries} == {"cat", "dog"} and len(tries) == 2 + 2 * 2
+    assert [(concept, what) for concept, what in cells if what] == [
+        *(("cat", ("a", "reach=1", seed)) for seed in range(3)),
+        *(("dog", ("a", "reach=2", seed)) for seed in range(3)), ("ship", ("a", "reach=1", 0))]
 
 
 def test_a_class_is_reported_with_what_others_chose():
@@ -162,7 +171,7 @@ def test_every_row_has_six_strengths_or_one_that_its_method_takes(row):
     file, settings, strengths = frontier.ROWS[row]
     module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
     made = {parse_settings(module.Settings, [*settings, *strength.split()]) for strength in strengths}
-    one, sweep = row.endswith((", authors'", ", default")), row.startswith("noise alignment")
+    one, sweep = row.endswith((", authors'", ", default", "retrained")), row.startswith("noise alignment")
     assert len(made) == len(strengths) == (1 if one else 9 if sweep else 6)
     assert not one or made == {module.Settings()} or row == "ESD-u, authors'"
 
@@ -253,11 +262,17 @@ def test_the_command_draws_a_table_and_a_curve_and_goes_on(here, small, monkeypa
     here(*command, cwd=small)
     assert [json.loads((small / f"o/{name}.json").read_text()) for name in names] == tables
     assert sorted(path.name for path in (small / "o/edits").iterdir()) == made and len(made) == 6
+    here("experiments/frontier.py", "--row", "UCE", "--concept", "cat", *command[7:], cwd=small)
+    alone = json.loads((small / "o/frontier-UCE.json").read_text())                  # nothing to choose
+    assert [(row["row"], row["strength"]) for row in alone] == [("untouched", "–"), ("UCE", "lamb=0.1")]
+    assert json.loads((small / "o/cells-UCE.json").read_text()) == [x for x in tables[2] if x["class"] == "cat"
+                                                                    and x["row"] != "reach"]
 
 
 @pytest.mark.parametrize("args, match", [
     (["--concept", "teapot", "cat"], "teapot: this needs a class"),
-    (["--concept", "cat"], "two classes or more"), (["--choose-n", "0"], "--choose_n must be at least 1")])
+    (["--concept", "cat"], "two classes or more"), (["--choose-on", "cat"], "two classes or more"),
+    (["--choose-on", "teapot", "cat"], "teapot: this needs a class"), (["--choose-n", "0"], "--choose_n must be at least 1")])
 def test_frontier_refuses_bad_flags(refused, small, args, match):
     refused("experiments/frontier.py", *args, "--book", "book.json", cwd=small, match=match)
 
