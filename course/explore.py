@@ -60,9 +60,9 @@ def methods() -> list[dict]:
     """What can be chosen on the page. Every value comes from the methods' own defaults."""
     r, v = realera.Settings(), vocabulary.Settings()
     limits = [f"{x * r.D1_anchor:g}" for x in (0, 0.5, 1)]
-    tolerance = {"setting": "tolerance", "label": "tolerance r′ up to", "default": 3,
+    tolerance = {"setting": "tolerance", "label": "tolerance r′ up to",
                  "says": "how far around the anchor neighbors land; r′ = r: as far as around the concept",
-                 "values": [*limits, "r′ = r"],
+                 "values": [*limits, "r′ = r"], "default": 2 + (r.tolerance == "same"),
                  "set": [*(f"tolerance=own D1_anchor={x}" for x in limits), "tolerance=same"]}
     reach = "how far along the way from concept to anchor the concept itself is sent: 1 is the anchor"
     ridge = "holds the edit small in all directions"
