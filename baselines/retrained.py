@@ -36,6 +36,9 @@ class Settings:
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     if job.preview:
         raise UserError("--preview has nothing to show here: another U-Net moves no text")
+    if not Path(s.unet).is_dir():
+        raise UserError(f"{s.unet} is not there: train one (mini/train.py --without), or give "
+                        "--set unet=FOLDER")
     (path, W), (_, W0) = (read_tensors(Path(folder), "diffusion_pytorch_model")
                           for folder in (s.unet, job.model_folder / "unet"))
     check_tensors(path, W, {name: w.shape for name, w in W0.items()})

@@ -265,14 +265,15 @@ def test_the_command_draws_a_table_and_a_curve_and_goes_on(here, small, monkeypa
     here("experiments/frontier.py", "--row", "UCE", "--concept", "cat", *command[7:], cwd=small)
     alone = json.loads((small / "o/frontier-UCE.json").read_text())                  # nothing to choose
     assert [(row["row"], row["strength"]) for row in alone] == [("untouched", "–"), ("UCE", "lamb=0.1")]
-    assert json.loads((small / "o/cells-UCE.json").read_text()) == [x for x in tables[2] if x["class"] == "cat"
-                                                                    and x["row"] != "reach"]
+    assert json.loads((small / "o/cells-UCE.json").read_text()) == [
+        cell for cell in tables[2] if cell["class"] == "cat" and cell["row"] != "reach"]
 
 
 @pytest.mark.parametrize("args, match", [
     (["--concept", "teapot", "cat"], "teapot: this needs a class"),
     (["--concept", "cat"], "two classes or more"), (["--choose-on", "cat"], "two classes or more"),
-    (["--choose-on", "teapot", "cat"], "teapot: this needs a class"), (["--choose-n", "0"], "--choose_n must be at least 1")])
+    (["--choose-on", "teapot", "cat"], "teapot: this needs a class"),
+    (["--choose-n", "0"], "--choose_n must be at least 1")])
 def test_frontier_refuses_bad_flags(refused, small, args, match):
     refused("experiments/frontier.py", *args, "--book", "book.json", cwd=small, match=match)
 

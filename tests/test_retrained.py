@@ -54,18 +54,20 @@ def the_models_own(tensors):
 
 
 @pytest.mark.parametrize("change, match", [
-    (lacks, "lacks conv_in.bias: this is a U-Net of another"), (wider, "has the wrong shape for conv_in.bias"),
+    (lacks, "lacks conv_in.bias: this is a U-Net of another"), (wider, "has the wrong shape for conv_in"),
     (the_models_own, "is the model's own U-Net: give another with --set unet=")])
 def test_a_unet_that_does_not_fit_or_is_no_other_is_one_line(other, refused, tmp_path, change, match):
     tensors = load_file(other / UNET)
     change(tensors)
     (tmp_path / "unet").mkdir()
     save_file(tensors, tmp_path / UNET)
-    refused("baselines/retrained.py", "--concept", "airplane", "--set", "unet=unet", cwd=tmp_path, match=match)
+    refused("baselines/retrained.py", "--concept", "airplane", "--set", "unet=unet", cwd=tmp_path,
+            match=match)
 
 
 def test_without_another_unet_and_for_a_preview_it_is_one_line(refused, tmp_path):
-    refused("baselines/retrained.py", "--concept", "airplane", cwd=tmp_path, match="out/mini/unet is missing")
+    refused("baselines/retrained.py", "--concept", "airplane", cwd=tmp_path,
+            match="out/mini/unet is not there: train one")
     (tmp_path / "prompts.txt").write_text("a photo of the jet\n")
     refused("baselines/retrained.py", "--concept", "airplane", "--preview", "prompts.txt", cwd=tmp_path,
             match="another U-Net moves no text")
