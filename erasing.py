@@ -40,7 +40,7 @@ from plumbing.book import doubts
 from plumbing.cli import (DTYPES, NoFlags, command_line, erasing_args, lines_of, pick_device, program,
                           settings_of, slug)
 from plumbing.disk import whole_folder
-from plumbing.drift import drifts, presences, preview, rows_of, say_shares, text_change
+from plumbing.drift import drift_of, drifts, presences, preview, rows_of, say_shares, text_change
 from plumbing.edits import (DRAWING, Edit, as_filed, base_hash, change, cross_attention, original,
                             refuse_weights_alone, text_hash, write_edit, write_report)
 from plumbing.formats import check_export, export_pipeline, write_lora
@@ -259,7 +259,7 @@ def run(method: str, doc: str, settings_class, erase: Callable, own: dict[str, d
             W, about = save(job, erase(job, s), {"method": method, "settings": dataclasses.asdict(s)})
         job.folder = args.out                                     # from here on nothing can take it away
         print(f"wrote {args.out}/")
-        delta = text_change(job.W0, W) if 'drift of ""' in job.report.get("numbers", ()) else None
+        delta = None if drift_of(job.report) is None else text_change(job.W0, W)
         about |= {} if delta is None else {"shares": say_shares(delta, job.pairs, job.task, job.text)}
         if not args.no_pictures:
             for draw in job.later:

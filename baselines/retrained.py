@@ -44,9 +44,9 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     check_tensors(path, W, {name: w.shape for name, w in W0.items()})
     if absent := W0.keys() - W.keys():
         raise UserError(f"{path} lacks {min(absent)}: this is a U-Net of another architecture")
-    job.report["numbers"] = {"‖ΔW‖/‖W‖": change(W0, W)}
-    if job.report["numbers"]["‖ΔW‖/‖W‖"] == 0:
+    if (moved := change(W0, W)) == 0:
         raise UserError(f"{path} is the model's own U-Net: give another with --set unet=FOLDER")
+    job.report["numbers"] = {"‖ΔW‖/‖W‖": moved}
     return W
 
 

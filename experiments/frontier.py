@@ -42,11 +42,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules
 from erasing import make_pairs
 from experiments.rows import ANCHOR, MINING, RANDOM, ROWS, TRAINED, names_of
 from experiments.shares import groups_of, near_things
-from experiments.tables import NOISE, drift_of, each
+from experiments.tables import NOISE, each
 from plumbing import UserError, svg
 from plumbing.book import book, drawn_names, meanings, sights
 from plumbing.cli import RANK, at_least_1, command_line, measuring_args, program
 from plumbing.disk import read_json
+from plumbing.drift import drift_of
 from plumbing.edits import edit_file
 from plumbing.making import Recipe, commit, recipe
 from plumbing.models import model_folder, model_name
@@ -90,10 +91,9 @@ def numbers_of(edit: Path | None) -> dict[str, float]:
     if edit is None:
         return {"drift": 0.0}
     report, file = read_json(edit / "run.json"), edit_file(edit)
-    found = {"drift": drift_of(report) if 'drift of ""' in report.get("numbers", ()) else None,
-             "seconds": round(sum(report["seconds"].values()), 1),
+    found = {"drift": drift_of(report), "seconds": round(sum(report["seconds"].values()), 1),
              "MB": round(file.stat().st_size / 1e6, 2) if file else 0.0, "peak GiB": report.get("peak GiB")}
-    return {name: number for name, number in found.items() if number is not None}
+    return {name: round(number, 3) for name, number in found.items() if number is not None}
 
 
 def strange(seen: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from plumbing.book import book
 from plumbing.cli import DTYPES, command_line, measuring_args, parse_settings, pick_device, program
 from plumbing.detectors import find_detector
 from plumbing.disk import read_json
-from plumbing.drift import drifts, mean_share
+from plumbing.drift import drift_of, drifts, mean_share
 from plumbing.edits import base_hash, cross_attention, read_edit
 from plumbing.making import Recipe, make_edits, recipe
 from plumbing.models import model_folder
@@ -107,11 +107,6 @@ def each(rows: list[tuple], args, recipe_of: Callable,
         yield model, clip, edit
 
 
-def drift_of(report: dict) -> float:
-    """The median drift of unrelated prompts in an edit's run.json; 0 where nothing moves the text."""
-    return round(report.get("numbers", {}).get("median drift of unrelated prompts", 0), 3)
-
-
 def measure(rows: list[tuple], args, task: str = "object", recipe_of: Callable = recipe_of,
             listed: list[dict] = ()) -> list[tuple[dict, dict]]:
     """Draw and count rows as `each` takes them. Per row: {concept, variant, drift}, and the outcomes
@@ -125,7 +120,7 @@ def measure(rows: list[tuple], args, task: str = "object", recipe_of: Callable =
                             place if args.keep_pictures else None,
                             f"{len(found) + 1}/{len(rows)} {concept}, {variant}")
         report = read_json(edit / "run.json") if edit else {}
-        found.append(({"erased": concept, "variant": variant, "drift": drift_of(report)},
+        found.append(({"erased": concept, "variant": variant, "drift": round(drift_of(report) or 0, 3)},
                       outcomes(clip, concept, features, seeds, task, listed=listed)))
     return found
 

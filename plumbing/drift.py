@@ -144,6 +144,12 @@ def drifts(delta: Tensor, pairs, text) -> dict[str, float]:
     return {'drift of ""': moved[0], "median drift of unrelated prompts": statistics.median(moved[1:])}
 
 
+def drift_of(report: dict) -> float | None:
+    """The median drift of unrelated prompts that a run.json tells; None where nothing moves the text, or how
+    far it moves cannot be said."""
+    return report.get("numbers", {}).get("median drift of unrelated prompts")
+
+
 def preview(delta: Tensor, prompts: list[str], text) -> None:
     """Print how far an edit moves each prompt, the most moved first."""
     moved = sorted(zip(movement(delta, prompts, text), prompts), reverse=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from plumbing import svg
 from plumbing.book import book
 from plumbing.disk import whole
-from plumbing.drift import synonyms_and_near
+from plumbing.drift import drift_of, synonyms_and_near
 
 FRAME = Path(__file__).with_name("page.html")                     # course/explore.html has the same
 
@@ -155,7 +155,7 @@ def advice(report: dict, larger: dict[str, str], out: Path) -> list[tuple[str, s
             return [f"reach={settings['reach'] + 1:g}"]
         return next((times(name, 2) for name in ("iterations", "steps", "erase") if settings.get(name)), [])
 
-    drift = numbers.get("median drift of unrelated prompts", 0)
+    drift = drift_of(report) or 0
     if drift > 0.15 and (change := times(larger.get("stay", ""), 10)):
         say(f"Unrelated prompts drift by {drift:.2f} of their length: more weight for what stays.", *change)
     if numbers.get("cond(B)", 0) > 1e8 and (change := times(larger.get("ridge", ""), 10)):
