@@ -41,6 +41,7 @@ LEFT_OUT = {"CompVis/stable-diffusion-v1-4": "needs the weights of SD v1.4",
             "experiments/many_concepts.py": "needs minutes: other tests run it small",
             "experiments/frontier.py": "needs minutes: other tests run it small",
             "experiments/compare.py": "needs minutes: other tests run it small",
+            "experiments/tasks.py": "needs minutes: other tests run it small",
             "experiments/bench.py": "needs minutes: other tests run it small"}
 # What makes the others quick.
 FEW = ["--n", "1", "--steps", "1"]
