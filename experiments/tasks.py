@@ -177,11 +177,12 @@ def main() -> None:
                      | {group: interval(some, lambda x: mean(x, group), group) for group in groups}
                      | {"H_o": interval(some, h_o)})
         first = what[1] if len(what) > 1 else None                # what the others are compared with
-        if one not in (None, first) and len(some) == len(of_row[first]):
+        if one not in (None, first) and len(some) == len(of_row[first]) > 1:      # else there is no interval
             table[-1][f"H_o − {first[0]}"] = interval(some, h_o, less=of_row[first])
     for (concept, one), counts in zip(cells, found):
         row, strength = one or ("untouched", "–")
         command = method_recipe(args.task, concept, one, 0).command(model_name(args.model)) if one else "–"
+        command = command.replace(f"{ROOT}/", "")                 # our own book, wherever this lies
         flat.append({"task": args.task, "erased": concept, "row": row, "strength": strength}
                     | {group: f"{x[0]} of {x[1]}" for group, x in counts.items()}
                     | {"command": command, "commit of this table": version})
