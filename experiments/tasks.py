@@ -9,11 +9,12 @@ row is a method at the strength that frontier.py chose on objects: --cells is it
 what most classes have there is taken. So nothing is chosen on these tasks.
 
 Groups: `concept`, by its name; `phrases`, the concept without it (of a style three things in that style, of
-the weapon its eight members); `others`, other characters, styles, or things that are no weapon; `classes`,
-mini's ten. What must go is the share of pictures in which CLIP still sees it; what must stay a share of what
-the untouched model draws right from the same noise. H_o is the harmonic mean of 1 − concept, others and
-1 − phrases, as in the paper's appendix. A group of more than four prompts draws a quarter of --n of each. One
-edit a concept; intervals as in frontier.py. A killed run goes on.
+the weapon its eight members); `others`, other characters, styles, or things that are no weapon; `things`, of
+styles alone, whether the three things are still there; `classes`, mini's ten. What must go is the share of
+pictures in which CLIP still sees it; what must stay a share of what the untouched model draws right from the
+same noise. H_o is the harmonic mean of 1 − concept, others and 1 − phrases, as in the paper's appendix. A
+group of more than four prompts draws a quarter of --n of each. One edit a concept; intervals as in
+frontier.py. A killed run goes on.
 """
 import csv
 import sys
@@ -59,7 +60,9 @@ def asked(task: str, concept: str) -> dict[str, list[tuple[str, str]]]:
                   for style in known["styles"].values()}
         return {"concept": [(concept, f"an artwork by {concept}")], "phrases": styled.pop(concept),
                 "others": [one for style, some in styled.items()
-                           for one in [(style, f"an artwork by {style}"), *some]], "classes": plain}
+                           for one in [(style, f"an artwork by {style}"), *some]],
+                "things": [(name, f"a photo of the {name} by {concept}") for name in STYLED],
+                "classes": plain}
     if task == "weapons":
         with open(ROOT / "mini/weapons.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -126,7 +129,7 @@ def measure(cells: list[tuple], args) -> list[dict[str, list]]:
                             what=f"{len(found) + 1}/{len(rows)} {concept}, {label}")
         right = {}
         for group, some in jobs.items():
-            among = lists[args.task == "styles" and group != "classes"]
+            among = lists[args.task == "styles" and group not in ("things", "classes")]
             cosines = torch.stack([features[job[1:]] for job in some]) @ text_vectors(clip, tuple(among)).T
             means = [*among.values()]
             right[group] = torch.tensor([means[i] == job[0] for i, job in zip(cosines.argmax(1), some)])

@@ -41,6 +41,8 @@ def test_what_is_asked_of_styles_and_weapons():
     groups = tasks.asked("styles", "fluent")
     assert groups["concept"] == [("fluent", "an artwork by fluent")]
     assert [name for name, _ in groups["phrases"]] == ["fluent"] * 3
+    assert [prompt for _, prompt in groups["things"]] == [prompt for _, prompt in groups["phrases"]]
+    assert {name for name, _ in groups["things"]} < {*tasks.choices("styles")[0].values()}
     assert len(groups["others"]) == 6 * 4 and "fluent" not in {name for name, _ in groups["others"]}
     assert {name for name, _ in groups["others"]} < {*tasks.choices("styles")[1].values()}
     groups, things = tasks.asked("weapons", "weapon"), tasks.choices("weapons")[0]
