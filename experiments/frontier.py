@@ -40,7 +40,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from erasing import make_pairs
-from experiments.rows import ANCHOR, MINING, RANDOM, ROWS, TRAINED, names_of
+from experiments.rows import MINING, RANDOM, ROWS, TRAINED, names_of, own_anchor
 from experiments.shares import groups_of, near_things
 from experiments.tables import NOISE, each
 from plumbing import UserError, svg
@@ -82,8 +82,8 @@ def method_recipe(concept: str, what: tuple, seed: int, dtype: str) -> Recipe:
     """what: a row of ROWS, the strength, and the seed of the edit."""
     row, strength, edit_seed = what
     file, settings, _ = ROWS[row]
-    anchor = next((ANCHOR[name] for name in names_of(row) & ANCHOR.keys()), None)
-    return recipe(file, concept, [*settings, *strength.split()], NOISE + seed + edit_seed, anchor=anchor)
+    return recipe(file, concept, [*settings, *strength.split()], NOISE + seed + edit_seed,
+                  anchor=own_anchor(row))
 
 
 def numbers_of(edit: Path | None) -> dict[str, float]:

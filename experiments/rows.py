@@ -71,3 +71,8 @@ TRAINED = {"MACE", "ESD-x", "ESD-u", "AC", "FMN", "SA", "SPM", "noise alignment"
 def names_of(row: str) -> set[str]:
     """A row's own name, and the one before its comma."""
     return {row, row.partition(",")[0]}
+
+
+def own_anchor(row: str) -> str | None:
+    """The authors' anchor of a row; None where it has none of its own."""
+    return next((ANCHOR[name] for name in names_of(row) & ANCHOR.keys()), None)

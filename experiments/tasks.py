@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
 from experiments.compare import read_cells
 from experiments.frontier import harmonic, interval, mean
-from experiments.rows import ANCHOR, ROWS, names_of
+from experiments.rows import ROWS, own_anchor
 from experiments.tables import NOISE, each
 from plumbing import UserError
 from plumbing.book import BOOK, book, sights, use_book
@@ -67,7 +67,7 @@ def asked(task: str, concept: str) -> dict[str, list[tuple[str, str]]]:
         with open(ROOT / "mini/weapons.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         of = {kind: dict.fromkeys((row["class"], row["prompt"]) for row in rows if row["type"] == kind)
-              for kind in ("umbrella", "member", "other")}
+              for kind in ("member", "other")}
         return {"concept": [("weapon", "a photo of the weapon")],
                 "phrases": [("weapon", prompt) for _, prompt in of["member"]],
                 "others": list(of["other"]), "classes": plain}
@@ -102,7 +102,7 @@ def method_recipe(task: str, concept: str, what: tuple[str, str], seed: int) -> 
     row, strength = what
     file, settings, _ = ROWS[row]
     kind = "style" if task == "styles" else "object"
-    own = next((ANCHOR[name] for name in names_of(row) & ANCHOR.keys()), None)
+    own = own_anchor(row)
     anchor = "flower" if task == "weapons" else anchor_of(concept, kind)             # mini/README.md's
     return recipe(file, concept, [*settings, *strength.split()], NOISE + seed, task=kind,
                   anchor=anchor if own is None else own)
@@ -111,7 +111,7 @@ def method_recipe(task: str, concept: str, what: tuple[str, str], seed: int) -> 
 def measure(cells: list[tuple], args) -> list[dict[str, list]]:
     """Per cell (concept, row and strength, or None for the untouched model): {group: [right, of]}; {} if
     the edit could not be made. Each concept's untouched cell comes before its others."""
-    before, found, lists = {}, [], choices(args.task)
+    before, found, lists, vectors = {}, [], choices(args.task), []
     rows = [(concept, " ".join(what or ["untouched"]), what) for concept, what in cells]
 
     def of(concept: str, what: tuple, seed: int, dtype: str) -> Recipe:
@@ -127,11 +127,13 @@ def measure(cells: list[tuple], args) -> list[dict[str, list]]:
         features = evaluate(model, clip, [job[1:] for some in jobs.values() for job in some],
                             args.out / "results", args.steps, None, args.batch,
                             what=f"{len(found) + 1}/{len(rows)} {concept}, {label}")
+        # once: text_vectors keeps one list alone, and of styles there are two
+        vectors = vectors or [text_vectors(clip, tuple(among)) for among in lists if among]
         right = {}
         for group, some in jobs.items():
-            among = lists[args.task == "styles" and group not in ("things", "classes")]
-            cosines = torch.stack([features[job[1:]] for job in some]) @ text_vectors(clip, tuple(among)).T
-            means = [*among.values()]
+            which = int(args.task == "styles" and group not in ("things", "classes"))
+            cosines = torch.stack([features[job[1:]] for job in some]) @ vectors[which].T
+            means = [*lists[which].values()]
             right[group] = torch.tensor([means[i] == job[0] for i, job in zip(cosines.argmax(1), some)])
         if what is None:
             before[concept] = right
