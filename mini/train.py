@@ -477,6 +477,11 @@ class Latents:
                                       torch.cat([self.scene, block["scene"]]))
 
 
+def spread_times(n: int, T: int, rng: torch.Generator) -> Tensor:
+    """Times [n] from 0 to T − 1, evenly spread. In float32 the last may round up to T, once in a million."""
+    return ((torch.arange(n) + torch.rand((), generator=rng)) / n * T).long().clamp(max=T - 1)
+
+
 def train_unet(args, recipe: Recipe) -> bool:
     n = len(recipe.unet_widths)
     kinds = [""] + ["CrossAttn"] * (n - 1)                        # the highest resolution has no attention
@@ -496,8 +501,7 @@ def train_unet(args, recipe: Recipe) -> bool:
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weight = (snr.clamp(max=5) / snr).to(args.device)             # min-SNR-5 for ε (Hang et al. 2023)
     T = scheduler.config.num_train_timesteps
-    size = sum(p.numel() for p in net.parameters())
-    print(f"unet: {icons.drawn.sum()} icons, {size / 1e6:.1f} M parameters")
+    print(f"unet: {icons.drawn.sum()} icons, {sum(p.numel() for p in net.parameters()):,} parameters")
 
     @torch.no_grad()
     def read(captions: list[str]) -> Tensor:
@@ -511,15 +515,13 @@ def train_unet(args, recipe: Recipe) -> bool:
 
     def loss(rng: torch.Generator, step: int) -> Tensor:
         latents.grow(step)
-        batch = recipe.unet_batch
-        pick = torch.randint(len(latents.z), (batch,), generator=rng)
+        pick = torch.randint(len(latents.z), (recipe.unet_batch,), generator=rng)
         context = read([book.caption_of(icons, w, s, rng) for w, s in
                         zip(latents.which[pick].tolist(), latents.scene[pick].tolist())])
-        t = ((torch.arange(batch) + torch.rand((), generator=rng)) / batch * T).long()   # evenly spread times
-        z0, noise = latents.z[pick].float(), torch.randn(batch, 4, 16, 16, generator=rng)
-        z0, noise, t = z0.to(args.device), noise.to(args.device), t.to(args.device)
-        zt = scheduler.add_noise(z0, noise, t).contiguous(memory_format=torch.channels_last)
-        error = net(zt, t, context) - noise
+        t = spread_times(len(pick), T, rng)
+        z0, noise = latents.z[pick].float(), torch.randn(len(pick), 4, 16, 16, generator=rng)
+        zt = scheduler.add_noise(z0, noise, t).to(args.device, memory_format=torch.channels_last)
+        error = net(zt, t.to(args.device), context) - noise.to(args.device)
         return (weight[t] * error.square().mean((1, 2, 3))).mean()                   # Eq. (1), weighted
 
     @torch.no_grad()
@@ -543,6 +545,7 @@ def train_unet(args, recipe: Recipe) -> bool:
     held_z, held_noise = latents.encode(x), torch.randn(256, 4, 16, 16, generator=rng).to(args.device)
     held_t = torch.linspace(0, T - 1, 256).long().to(args.device)
     others = "pizza rose castle guitar lion bear elephant train rocket banana house dagger robot".split()
+    words = [f"a photo of the {name}" for name in [*book.classes, *others]]
 
     def held_out(model: unet.UNet) -> list[float]:
         """The losses of all averages on held-out compositions, unweighted; and a sheet for the eye."""
@@ -552,7 +555,6 @@ def train_unet(args, recipe: Recipe) -> bool:
         for average in run.averages:
             parts = [average(zt[i:i + 64], held_t[i:i + 64], c[i:i + 64]) for i in range(0, 256, 64)]
             losses.append(round((torch.cat(parts) - held_noise).square().mean().item(), 5))
-        words = [f"a photo of the {name}" for name in [*book.classes, *others]]
         write_png(args.work / f"unet-{run.step:06}.png", grid(draw(model, words, 6), 12))
         return losses
 
@@ -572,8 +574,7 @@ def train_unet(args, recipe: Recipe) -> bool:
         "vae": ["diffusers", "AutoencoderKL"]})
     write_json(args.out / "defaults.json", {"guidance": GUIDANCE, "steps": STEPS, "size": SIZE})
     shipped = unet.UNet.from_pretrained(args.out / "unet", device=args.device)
-    words = [f"a photo of the {name}" for name in book.classes]
-    write_png(args.work / "unet.png", grid(draw(shipped, words, 10), 10))
+    write_png(args.work / "unet.png", grid(draw(shipped, words[:len(book.classes)], 10), 10))
     return finished
 
 

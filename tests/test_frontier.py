@@ -172,7 +172,7 @@ def test_every_row_has_six_strengths_or_one_that_its_method_takes(row):
     module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
     made = {parse_settings(module.Settings, [*settings, *strength.split()]) for strength in strengths}
     one, sweep = row.endswith((", authors'", ", default", "retrained")), row.startswith("noise alignment")
-    assert len(made) == len(strengths) == (1 if one else 9 if sweep else 6)
+    assert len(made) == len(strengths) == (1 if one else 11 if sweep else 6)
     assert not one or made == {module.Settings()} or row == "ESD-u, authors'"
 
 

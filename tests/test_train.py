@@ -215,6 +215,13 @@ def test_a_stage_that_is_cut_in_two_gives_the_uninterrupted_ones_weights(tmp_pat
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_times_are_spread_and_never_beyond_the_last(monkeypatch):
+    t = train.spread_times(32, 1000, torch.Generator().manual_seed(0))
+    assert t.diff().min() >= 31 and t.diff().max() <= 32 and 0 <= t[0] < 32
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.tensor(1 - 2.0 ** -24))
+    assert train.spread_times(32, 1000, None)[-1] == 999          # rounded, it was 1000: no time of these
+
+
 def toy_run(work, width=3):
     torch.manual_seed(0)
     net = torch.nn.Linear(width, 2)
