@@ -2,6 +2,7 @@
 
     python baselines/vocabulary.py --concept airplane --anchor sky
     python baselines/vocabulary.py --concept airplane --anchor sky --also jet --keep helicopter
+    python baselines/vocabulary.py --concept twemoji --task style --set reach=1     # 3 ruins what is drawn
 
 RealEra's two sets around a concept e, what goes with it and what stays, are noise, alike in all directions.
 So it cannot tell a synonym from another thing as near. But the text encoder knows real points there: words.
