@@ -2,20 +2,18 @@
 
 Paper: Kumari et al. 2023, "Ablating Concepts in Text-to-Image Diffusion Models" (model-based).
 
-    python baselines/ac.py --concept airplane --anchor sky
-    python baselines/ac.py --concept airplane --anchor sky --set preset=mini     # ours, for mini
+    python baselines/ac.py --concept airplane --anchor sky [--set preset=mini]      # the preset is ours
 
-x are pictures that the model draws of the anchor's prompts c*; c is the same prompt with the concept in the
-anchor's place, z_t the noised latent of x, M a mask, sg "no gradient":
+x: pictures that the model draws of the anchor's prompts c*; c: the same prompt with the concept in the
+anchor's place; z_t: the noised latent of x; M: a mask; sg: no gradient.
 
     L = Σ M (ε(z_t, c, t) − sg ε(z_t, c*, t))² / Σ M            mean over a batch
 
-It learns keys and values of the cross-attention; begin-of-text, whose row all prompts share, teaches nothing:
-its keys and values are detached. It needs pictures of the anchor, and no list of what must stay.
+It trains keys and values of the cross-attention; begin-of-text's are detached. No list of what must stay.
 
 As published: the teacher is the network that learns, without gradient, as the anchor hardly changes.
-As coded: 200 captions of a language model, 1,000 pictures, 100 steps of AdamW at 2e-6 × 2 GPUs × batch 4 =
-    1.6e-5. Σ M counts a pixel once, the sum above it four channels: four times the mean square. Objects are
+As coded: 200 captions of a language model, 1,000 pictures, 100 steps at 2e-6 × 2 GPUs × batch 4 = 1.6e-5.
+    Σ M counts a pixel once, the sum above it four channels: four times the mean square. Objects are
     mirrored, and shrunk (66 %, on grey, outside M) or enlarged, and c alone says so: "a far away …".
 As here: the task's template, alone and with nouns beside the anchor; fewer pictures, by DDIM with the model's
     own guidance, not 6; styles replace the anchor, too. Left out: prior preservation, memorised pictures.
@@ -40,8 +38,7 @@ FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")
 
 @dataclass(frozen=True)
 class Settings:
-    """The authors' values, but for `pictures`."""
-    steps: int = 100
+    steps: int = 100            # all are the authors' values, but for `pictures`
     lr: float = 1.6e-5          # of AdamW
     batch: int = 8
     pictures: int = 64          # of each anchor; the authors have 1,000
@@ -85,8 +82,8 @@ def read(unet, W: dict[str, Tensor], c: Tensor) -> dict:
     def y(name: str) -> Tensor:                                   # [B, T, C]
         rows = F.linear(c, W[f"{name}.weight"].to(c.dtype))
         return torch.cat([rows[:, :1].detach(), rows[:, 1:]], 1)
-    layers = {name.rpartition(".to_")[0] for name in W}
-    return {unet.get_submodule(name): (y(f"{name}.to_k"), y(f"{name}.to_v")) for name in layers}
+    return {unet.get_submodule(name): (y(f"{name}.to_k"), y(f"{name}.to_v"))
+            for name in {name.rpartition(".to_")[0] for name in W}}
 
 
 def ac_loss(unet, W: dict, z: Tensor, t: Tensor, c: Tensor, c_star: Tensor, mask: Tensor, as_published=True):
@@ -106,7 +103,7 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     augment, times = s.augment and job.task == "object", len(model.scheduler.alphas_cumprod)
     both = [two for pair in job.pairs for two in captions((pair.concept, pair.anchor), job.task)]
     c, c_star = map(list, zip(*(both[i % len(both)] for i in range(s.pictures * len(job.pairs)))))
-    said = list(dict.fromkeys(words + prompt for prompt in c + c_star for words in ("", *FAR, *NEAR)))
+    said = [words + prompt for prompt in dict.fromkeys(c + c_star) for words in ("", *FAR, *NEAR)]
     rows = dict(zip(said, job.text(said).to(model.device, model.dtype)))
     job.report |= {"prompts": {"erased": c, "anchor": c_star, "retained": []}, "stored in": "float32"}
     x = 2 * model.draw(c_star, [job.seed + i for i in range(len(c))]) - 1      # [pictures, 3, S, S]
@@ -124,8 +121,7 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
         e_star, mask = torch.stack([rows[c_star[i]] for i in some]), torch.stack(masks).to(z.device)
         return ac_loss(model.unet, W, z, t, e, e_star, mask, s.as_published)
 
-    optimizer = torch.optim.AdamW(W.values(), s.lr, weight_decay=0.01)
-    tell(job, descend(W.values(), loss, s.steps, optimizer, "AC", 1.0, model.dtype))
+    tell(job, descend(W.values(), loss, s.steps, torch.optim.AdamW(W.values(), s.lr), "AC", 1, model.dtype))
     job.clock("training")
     return W
 

@@ -2,8 +2,7 @@
 
 Paper: Lu et al. 2024, "MACE: Mass Concept Erasure in Diffusion Models". Written from its formulas alone.
 
-    python baselines/mace.py --concept airplane --anchor sky
-    python baselines/mace.py --concept airplane --anchor sky --set lora_steps=0      # the closed form alone
+    python baselines/mace.py --concept airplane --anchor sky [--set lora_steps=0]    # the closed form alone
 
 Stage 1 moves the rows e of 30 prompts (of other tasks the template and the bare word), but the concept's own,
 to the anchor's, e*. Stage 2 trains a LoRA B A for each matrix, until no layer's attention A_l goes to the
@@ -43,8 +42,7 @@ from plumbing.training import descend, drawn_latents, noisy, predict
 
 @dataclass(frozen=True)
 class Settings:
-    """The authors' values; sums are over rows of the text encoder in its own units."""
-    lamb: float = 100.0         # λ
+    lamb: float = 100.0         # λ, in the text encoder's own units; all values are the authors'
     lora_steps: int = 50        # 0: the closed form alone
     lr: float = 1e-5
     rank: int = 1

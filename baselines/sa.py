@@ -3,8 +3,7 @@
 Paper: Heng and Soh 2023, "Selective Amnesia: A Continual Learning Approach to Forgetting in Deep Generative
 Models".
 
-    python baselines/sa.py --concept airplane --anchor sky
-    python baselines/sa.py --concept airplane --anchor sky --set preset=mini     # ours, for mini
+    python baselines/sa.py --concept airplane --anchor sky [--set preset=mini]      # the preset is ours
     python baselines/sa.py --concept airplane --anchor sky --set fisher_times=50 steps=400
 
 Pictures x of the anchor are surrogates: from now on the concept's prompt c_f shall draw them. Others are
@@ -59,8 +58,7 @@ class Settings:
             raise UserError(f"the settings need trains = unet or rest, not {self.trains}")
         counts = self.steps, self.batch, self.surrogates, self.fisher_prompts, self.fisher_times
         if not (min(*counts, self.lr) > 0 <= min(self.lamb, self.gamma) and self.fisher_times <= 1000):
-            raise UserError("the settings need lamb and gamma at least 0, all other numbers above 0, and "
-                            "fisher_times at most 1000")
+            raise UserError("the settings need lamb, gamma at least 0, others above 0, fisher_times ≤ 1000")
 
 
 def denoising(model, z: Tensor, t: Tensor, noise: Tensor, c: Tensor, W: dict[str, Tensor]) -> Tensor:

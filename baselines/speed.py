@@ -12,8 +12,8 @@ of "", its first row and three centres of the others. N: a basis of what is orth
     Δ = W₀ (A − T) N (Nᵀ T N + s_r I)⁻¹ Nᵀ,    T = Σ t tᵀ,  A = Σ a tᵀ                      [out, D]
 
 The paper's W₀ (A − T) P [I − M K₂ (K₂ᵀ P M K₂ + λ I)⁻¹ K₂ᵀ P] M, with P = I − B Bᵀ and M = (T P + s_r I)⁻¹,
-is the same for λ = 0, but its inner inverse fails where P leaves nearly nothing of a column of K₂.
-For one t, A − T = (a − t) tᵀ, and tᵀ N (Nᵀ t tᵀ N + s_r I)⁻¹ Nᵀ = uᵀ / (s_r + ‖u‖²), u = N Nᵀ t. So the edit
+is the same for λ = 0, but its inner inverse fails where P leaves nearly nothing of a column of K₂. For one t
+tᵀ N (Nᵀ t tᵀ N + s_r I)⁻¹ Nᵀ = uᵀ / (s_r + ‖u‖²), u = N Nᵀ t, and A − T = (a − t) tᵀ. So the edit
 W₀ (a − t) uᵀ / (s_r + ‖u‖²) has rank one, and, but for the noise below, one direction u in every layer.
 
     python baselines/speed.py --concept airplane --anchor sky --retain nouns [--set as_published=false]
@@ -23,13 +23,10 @@ It trains nothing, and needs text encoder and matrices alone. Coded, and if not 
     t, a     the last token of the bare word (for "nudity" all rows but the first: as rows=tail, nearly)
     r        last tokens of a list, here --retain; without one all rows of "" but the first
     filter   of r stay those with ‖W_e r‖ above the mean, W_e = W₀ (A − T)(I + T)⁻¹; for one concept
-             |tᵀ r|, in all layers. filter=false: all; as_published=false leaves out filter and noise, though
-             both are the paper's
+             |tᵀ r|. filter=false: all; as_published=false: no filter, no noise, though both are published
     noise    copies r + z v, z ~ N(0, 1), v what W₀ shrinks most of its row space, those with ‖W_e r‖ above
-             the copies' mean (there of each 128 rows, here of all). as_published=false or aug_num=0: none,
-             and no filter
-    threshold  0.1 (paper: "zero"), in squared units of the text encoder: it means other things on other
-             models. A row's square is some 768 in SD v1.4, 205 in mini, where 0.1 does, too
+             the copies' mean (there of each 128 rows, here of all). aug_num=0: none, and no filter
+    threshold  0.1 (paper: "zero") is in the text encoder's units: a row's square is 768 in SD v1.4, 205 here
     K₂, λ    k-means from random rows, here from --seed and kept in K2.safetensors; λ = 0
 """
 import dataclasses
@@ -48,10 +45,10 @@ from plumbing import UserError
 from plumbing.drift import last_tokens
 from plumbing.prompts import retained_words
 
+
 @dataclass(frozen=True)
 class Settings:
-    """The authors' values."""
-    threshold: float = 0.1      # eigenvalues of R from here on stay
+    threshold: float = 0.1      # eigenvalues of R from here on stay (all values are the authors')
     retain_scale: float = 1.0   # s_r; 0.05 for many celebrities
     lamb: float = 0.0           # λ
     aug_num: int = 10           # noisy copies of each retained row
@@ -81,9 +78,7 @@ def retained_rows(rows: Tensor, W0: Tensor, W_e: Tensor, s: Settings, generator:
     def moved_most(rows: Tensor) -> Tensor:
         moved = (rows @ W_e.T).norm(dim=1)
         return rows[moved > moved.mean()] if len(rows) > 1 else rows
-    if not s.aug_num:                                             # as coded: then no filter either
-        return rows
-    rows = moved_most(rows) if s.filter else rows
+    rows = moved_most(rows) if s.filter and s.aug_num else rows   # as coded: without copies no filter either
     copies, v = rows.repeat(s.aug_num, 1), torch.linalg.svd(W0, full_matrices=False).Vh[-1]     # v [D]
     z = torch.randn(len(copies), 1, generator=generator, dtype=rows.dtype)
     return torch.cat([rows, moved_most(copies + z * v)])

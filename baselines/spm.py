@@ -2,8 +2,7 @@
 
 Paper: Lyu et al. 2024, "One-dimensional Adapter to Rule Them All" (concept-SemiPermeable Membrane).
 
-    python baselines/spm.py --concept airplane --set preset=mini  # out/airplane-spm, half a minute
-    python baselines/spm.py --concept airplane --set preset=mini as_published=false
+    python baselines/spm.py --concept airplane --set preset=mini [as_published=false]      # half a minute
     python baselines/spm.py --concept "van gogh" --task style --model CompVis/stable-diffusion-v1-4
 
 It trains W = W₀ + m · up · down (up [out, 1], down [1, in · kernel]) of all linear and convolutional layers
@@ -14,29 +13,22 @@ of the transformers, 192 in SD v1, and needs the word alone. c, n are rows of th
     m(p) = max over concepts of max(cos(e(p), e(c)), fraction of c's tokens that p has)   at drawing
 
 z_t: the adapted network draws c with guidance 3 and stops at a random step. ε₀: the network as it was. g: how
-far beyond n the target lies. m is the strength that a prompt p asks for, 1 in training; e(p) and e(c) are all
-rows of prompt and concept, as one vector.
+far beyond n the target lies. m: prompt p's strength, 1 in training and in the file. e: rows in one vector.
 
 - As published: the strength is m; all a are random, as far from the origin as c times 0.8 … 1.2.
-- As coded, and here with as_published=true: half of the anchoring goes to "" (1), the network is given a time
-  that is too large for z (2), by 33 to 42 of 1,000 there, 32 to 41 here at 30 steps, 123 at preset=mini's 8,
-  and what acts is m² (3). The comments (1) to (3) mark the lines.
-- As coded, not here: several adapters in one network, (Σ m up)(Σ m down), with cross terms; AdamW in 8 bits;
-  H and W from 256 … 448 (here the model's own); an a is drawn again with a chance of cos(a, c), 0 ± 0.004.
+- As coded, here with as_published=true, lines (1) to (3): half of the anchoring goes to ""; the network is
+  given a time too large for z, by 33 to 42 of 1,000 (here 32 to 41, with preset=mini 123); what acts is m².
+- As coded, not here: several adapters act as (Σ m up)(Σ m down), cross terms and all; AdamW in 8 bits; sides
+  of 256 … 448 pixels; an a is drawn again with a chance of cos(a, c), 0 ± 0.004.
 - preset=mini is ours, as 3,000 iterations take an hour or more on two cores; its rate is the best of six.
-
-Written are W at m = 1 and, in spm.safetensors, the adapters in kohya's spelling.
 """
 import dataclasses
-import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # our modules lie one folder up
@@ -44,8 +36,8 @@ from diffusion import ddim, guided
 from erasing import Job, run
 from plumbing import UserError
 from plumbing.cli import settings_of
-from plumbing.disk import whole
-from plumbing.training import descend, predict
+from plumbing.formats import write_adapters
+from plumbing.training import descend, predict, tell
 from unet import SpatialTransformer
 
 
@@ -55,17 +47,17 @@ class Settings:
     lr: float = 1e-4
     steps: int = 30             # of DDIM; each iteration draws c up to a random one
     anchoring: float = 1000.0   # λ
-    rank: int = 1
-    alpha: float = 1.0          # an adapter is alpha / rank · up · down
+    rank: int = 1               # an adapter is
+    alpha: float = 1.0          # alpha / rank · up · down
     g: float = 1.0              # how far beyond the neutral text
     as_published: bool = True   # the authors' code, where it differs from their paper
     PRESETS = {"mini": dict(iterations=80, lr=1e-2, steps=8, anchoring=10.0)}        # docs/methods.md
 
     def __post_init__(self):
-        if not (self.iterations >= 0 and 2 <= self.steps <= 999 and self.rank >= 1
-                and min(self.lr, self.alpha) > 0 and min(self.g, self.anchoring) >= 0):
-            raise UserError("the settings need iterations, g and anchoring at least 0, lr and alpha above 0, "
-                            "rank at least 1, steps in 2 … 999")
+        if not (min(self.iterations, self.rank) >= 1 and 2 <= self.steps <= 999
+                and min(self.lr, self.alpha) > 0 <= min(self.g, self.anchoring)):
+            raise UserError("the settings need iterations and rank at least 1, lr and alpha above 0, g and "
+                            "anchoring at least 0, steps in 2 … 999")
 
 
 def add_adapters(unet: nn.Module, rank: int, generator: torch.Generator) -> dict[str, list[Tensor]]:
@@ -103,38 +95,39 @@ def loss_of(job: Job, adapters: dict, s: Settings, generator: torch.Generator) -
         # (2) z lies at the time of the next step; the code goes as large a share of N down from N − 1
         t = N - 1 - N * k // s.steps if s.as_published else scheduler.timesteps(s.steps)[k]
         a = torch.randn(2 if s.as_published else 4, *c.shape, generator=generator).to(c)
-        a *= (0.8 + 0.4 * torch.rand(len(a), 1, 1, generator=generator).to(c)) * c.norm() / a.norm(
-            dim=(1, 2), keepdim=True)
+        length = c.norm() * (0.8 + 0.4 * torch.rand(len(a), 1, 1, generator=generator).to(c))
+        a *= length / a.norm(dim=(1, 2), keepdim=True)
         # (1) the code stacks "", a₁, "", a₂, "", a₃, "", a₄ as if for guidance, whose scale 1 keeps one half
         a, times = (torch.cat([u[None], a]), [2, 1, 1]) if s.as_published else (a, [1, 1, 1, 1])
         before = predict(unet, z.expand(len(a) + 2, -1, -1, -1), t, torch.cat([n[None], c[None], a]))
     after = predict(unet, z.expand(len(a) + 1, -1, -1, -1), t, torch.cat([c[None], a]), W)
     target = torch.cat([guided(before[:1], before[1:2], -s.g), before[2:]])
     error = (after - target).square().flatten(1).mean(1)
-    return error[0] + s.anchoring * (error[1:] * error.new_tensor(times)).sum() / 4
+    return error[0] + s.anchoring * (error[1:] @ error.new_tensor(times)) / 4
 
 
 def drawing(about: dict, text) -> dict:
     """Of an edit's description, what Model.draw is given: how strongly a prompt is edited."""
-    def ids(prompt: str) -> set[int]:
+    def tokens(prompt: str) -> set[int]:
         return set(text.tokenizer([prompt])[0].tolist()) - set(text.tokenizer([""])[0].tolist())
-    s = settings_of(Settings, about["settings"])
-    concepts = [(text([name])[0].flatten(), ids(name)) for name in about["concepts"]]
 
     def strength(c: Tensor, prompt: str | None) -> float:
-        m = max(max(F.cosine_similarity(c.flatten(), e.to(c), dim=0).item(),
-                    len(own & ids(prompt or "")) / len(own)) for e, own in concepts)
+        m = max(max(torch.cosine_similarity(c.flatten(), e.to(c), dim=0).item(),
+                    len(own & tokens(prompt or "")) / len(own)) for e, own in concepts)
         return min(m, 1.0) ** 2 if s.as_published else min(m, 1.0)       # (3) the code: up · m and down · m
 
+    s = settings_of(Settings, about["settings"])
+    concepts = [(text([name])[0].flatten(), tokens(name)) for name in about["concepts"]]
     return {"strength": strength}
 
 
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
-    said = {"concepts": [pair.concept for pair in job.pairs], "anchors": [pair.anchor for pair in job.pairs]}
-    job.report |= {"prompts": {"erased": said["concepts"], "anchor": said["anchors"], "retained": [""]},
+    words, anchors = ([getattr(pair, who) for pair in job.pairs] for who in ("concept", "anchor"))
+    job.report |= {"prompts": {"erased": words, "anchor": anchors, "retained": [""]},
                    "strength": "max(cosine, fraction of tokens)" + ", squared" * s.as_published}
-    job.trained, job.drawing = True, drawing(said | {"settings": dataclasses.asdict(s)}, job.text)
-    unet, generator, tensors = job.model.unet, torch.Generator().manual_seed(job.seed), {}
+    job.trained = True
+    job.drawing = drawing({"concepts": words, "settings": dataclasses.asdict(s)}, job.text)
+    unet, generator = job.model.unet, torch.Generator().manual_seed(job.seed)
     adapters = add_adapters(unet, s.rank, generator)
     optimizer = torch.optim.AdamW([x for both in adapters.values() for x in both], s.lr)
 
@@ -142,17 +135,10 @@ def erase(job: Job, s: Settings) -> dict[str, Tensor]:
         optimizer.param_groups[0]["lr"] = s.lr * rate(step - 1, s.iterations)
         return loss_of(job, adapters, s, generator)
 
-    losses = descend(optimizer.param_groups[0]["params"], loss, s.iterations, optimizer, "learning",
-                     dtype=job.model.dtype)
-    few = max(1, len(losses) // 10)                               # they jump with z_t: means of a tenth
-    job.report["loss"] = {"first": sum(losses[:few]) / few, "last": sum(losses[-few:]) / few}
-    for name, (up, down) in adapters.items():
-        W0, key = unet.get_parameter(name), "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-        tensors |= {f"{key}.lora_up.weight": up.detach().cpu().view(*up.shape, *[1] * (W0.ndim - 2)),
-                    f"{key}.lora_down.weight": down.detach().cpu().view(s.rank, *W0.shape[1:]),
-                    f"{key}.alpha": torch.tensor(s.alpha)}
-    with whole(job.folder / "spm.safetensors") as temporary:
-        save_file(tensors, temporary, {"spm": json.dumps({"prompts": said["concepts"], "rank": s.rank})})
+    tell(job, descend(optimizer.param_groups[0]["params"], loss, s.iterations, optimizer, "learning",
+                      dtype=job.model.dtype))
+    about = {"prompts": words, "rank": s.rank}
+    write_adapters(job.folder / "spm.safetensors", unet, adapters, s.alpha, about)
     job.clock("training")
     return {name: W.detach() for name, W in merged(unet, adapters, s).items()}
 

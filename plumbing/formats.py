@@ -124,6 +124,19 @@ def low_rank(W0: dict[str, Tensor], W: dict[str, Tensor], rank: int) -> tuple[di
     return factors, (missed / moved) ** 0.5
 
 
+def write_adapters(path: Path, unet, adapters: dict[str, list[Tensor]], alpha: float, about: dict) -> None:
+    """Write a method's own adapters, {name of a weight: up [out, rank], down [rank, in · kernel]}, in kohya's
+    spelling; about: how the file says what they are, under the file's own name."""
+    tensors = {}
+    for name, (up, down) in adapters.items():
+        W0, key = unet.get_parameter(name), "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        tensors |= {f"{key}.lora_up.weight": up.detach().cpu().view(*up.shape, *[1] * (W0.ndim - 2)),
+                    f"{key}.lora_down.weight": down.detach().cpu().view(len(down), *W0.shape[1:]),
+                    f"{key}.alpha": torch.tensor(alpha)}
+    with whole(path) as temporary:
+        save_file(tensors, temporary, {path.stem: json.dumps(about)})
+
+
 def write_lora(folder: Path, name: str, W0: dict[str, Tensor], W: dict[str, Tensor], rank: int,
                about: dict) -> float:
     """Write <name>-rank<r>-webui.safetensors, in kohya's spelling, and <name>-rank<r>-diffusers.safetensors,

@@ -129,7 +129,7 @@ def test_the_folder_holds_the_change_in_float32_and_the_adapters_that_make_it(fo
     assert about["settings"] | {"rank": 1, "alpha": 1, "as_published": True} == about["settings"]
     assert about["prompts"] == {"erased": ["airplane"], "anchor": [""], "retained": [""]}
     assert about["strength"].endswith("squared") and about["drawing"] == ["strength"]
-    assert about["loss"].keys() == {"first", "last"}
+    assert about["loss"].keys() == {"first", "last", "first tenth", "last tenth"}
 
 
 def test_a_prompt_is_drawn_with_its_strength_0_is_the_base_and_1_the_merged_weights(folder, model):
