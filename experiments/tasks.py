@@ -187,7 +187,6 @@ def main() -> None:
     for (concept, one), counts in zip(cells, found):
         row, strength = one or ("untouched", "–")
         command = method_recipe(args.task, concept, one, 0).command(model_name(args.model)) if one else "–"
-        command = command.replace(f"{ROOT}/", "")                 # our own book, wherever this lies
         flat.append({"task": args.task, "erased": concept, "row": row, "strength": strength}
                     | {group: f"{x[0]} of {x[1]}" for group, x in counts.items()}
                     | {"command": command, "commit of this table": version})

@@ -32,7 +32,8 @@ class Recipe:
 
     def command(self, model: str) -> str:
         """As a user types it. Of an edit that goes on from another, the other's comes first."""
-        own = shlex.join(["python", self.method, "--concept", self.concept, *self.flags, "--model", model])
+        own = shlex.join(["python", self.method, "--concept", self.concept, *self.flags, *own_book(),
+                          "--model", model]).replace(f"{ROOT}/", "")
         return f"{self.start.command(model)}; {own} --edit …" if self.start else own
 
     def folder(self, out: Path, base: str) -> Path:
@@ -43,6 +44,12 @@ class Recipe:
 
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def own_book() -> list[str]:
+    """The flag of a book that is not mini's own. An edit's name depends on what that holds (`Recipe.text`),
+    not on where it lies."""
+    return [] if CHOSEN[0] == BOOK else ["--book", str(CHOSEN[0])]
 
 
 def commit() -> str:
@@ -63,8 +70,7 @@ def recipe(method: str, concept: str, settings: list[str] = (), seed: int = 0, d
     are the same in all."""
     last = {setting.partition("=")[0]: setting for setting in settings}
     flags = ["--set", *(last[name] for name in sorted(last))] if last else []
-    own = () if CHOSEN[0] == BOOK else ("--book", str(CHOSEN[0]))
-    own += () if task == "object" else ("--task", task)
+    own = () if task == "object" else ("--task", task)
     anchor = anchor_of(concept, task) if anchor is None else anchor
     return Recipe(method, concept, (*flags, "--seed", str(seed), "--dtype", dtype, "--anchor", anchor, *own),
                   start)
@@ -83,8 +89,8 @@ def make_edits(recipes: list[Recipe], out: Path, base: str, model: str, device: 
     todo = [folder for folder in in_turn[RANK::WORLD] if not folder.exists()]
     for folder in progress(todo, "edits", "edit", quiet=RANK > 0):
         one = wanted[folder]
-        start = ["--edit", one.start.folder(out, base)] if one.start else []
-        command = [sys.executable, ROOT / one.method, "--concept", one.concept, *one.flags, *start, "--model",
+        more = [*own_book(), *(["--edit", one.start.folder(out, base)] if one.start else [])]
+        command = [sys.executable, ROOT / one.method, "--concept", one.concept, *one.flags, *more, "--model",
                    model, "--device", device, "--out", folder, "--no-pictures"]
         done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8",
                               env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"})     # each is alone

@@ -43,3 +43,22 @@ def test_an_edit_trained_in_another_dtype_is_another_edit():
     assert folder("float32", trained) != folder("bfloat16", trained) and folder("float32", "M=3") == folder(
         "float32", "M=3")
     assert folder("float32", "lora_steps=0") == folder("bfloat16", "lora_steps=0")
+
+
+def test_an_edit_depends_on_what_the_book_holds_and_not_on_where_it_lies(tmp_path, monkeypatch):
+    own = making.BOOK.read_bytes()
+    for name, words in (("a", own), ("b", own), ("c", own + b"\n")):
+        (tmp_path / f"{name}.json").write_bytes(words)
+    folders, given = {}, []
+    monkeypatch.setattr(making.subprocess, "run", lambda command, **_: given.append(command) or
+                        subprocess.CompletedProcess(command, 0, "", ""))
+    for path in (making.BOOK, *(tmp_path / f"{name}.json" for name in "abc")):
+        monkeypatch.setattr(making, "CHOSEN", [path])
+        one = making.recipe("rece.py", "cat")
+        folders[path.stem] = one.folder(tmp_path, "")
+        assert (f"--book {path}" in one.command("mini")) == (path != making.BOOK)
+        making.make_edits([one], tmp_path, "", "mini", "cpu")
+        assert (str(path) in given[-1]) == (path != making.BOOK)
+    assert folders["captions"] == folders["a"] == folders["b"] != folders["c"]
+    monkeypatch.setattr(making, "CHOSEN", [making.ROOT / "mini/characters.json"])
+    assert "--book mini/characters.json " in one.command("mini")
