@@ -167,6 +167,9 @@ def erase_with_words(pairs: list[Pair], vocabulary: Vocabulary, stay: Tensor, s:
 
 def erase(job: Job, s: Settings) -> dict[str, Tensor]:
     job.larger = {"ridge": "lambda2", "stay": "lambda1"}
+    if job.task == "style" and s.reach > 1:
+        print("warning: a reach above 1 ruins whatever is asked for in an erased style: --set reach=1",
+              file=sys.stderr)
     name = f"{model_name(job.model_folder)}-{job.task}-{text_hash(job.model_folder)[:10]}"
     file = Path("out/vocabulary") / f"{name}.safetensors"
     vocabulary = vocabulary_of(job.args.vocabulary or file, job.text, job.model_folder, job.task)

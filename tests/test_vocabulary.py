@@ -157,6 +157,11 @@ def test_the_command_says_what_goes_and_takes_the_users_words(here, refused, tmp
     assert re.fullmatch(r"mini-object-[0-9a-f]{10}\.safetensors", file.name)
     refused("baselines/vocabulary.py", *AIRPLANE, "--set", "threshold=2", cwd=tmp_path,
             match="a threshold from -1 to 1")
+    with pytest.raises(SystemExit):
+        here("baselines/vocabulary.py", "--concept", "fluent", "--task", "style", "--vocabulary", file,
+             cwd=tmp_path)
+    said = capsys.readouterr().err
+    assert "warning: a reach above 1 ruins" in said and "of the task style" in said
 
 
 def test_words_are_summed_in_one_order_whatever_the_order_of_a_set(vocabulary, cat, text, monkeypatch):
