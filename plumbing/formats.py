@@ -124,12 +124,17 @@ def low_rank(W0: dict[str, Tensor], W: dict[str, Tensor], rank: int) -> tuple[di
     return factors, (missed / moved) ** 0.5
 
 
+def kohya_key(name: str) -> str:
+    """What kohya's scripts call the layer of a weight, without .lora_up.weight and the like."""
+    return "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+
+
 def write_adapters(path: Path, unet, adapters: dict[str, list[Tensor]], alpha: float, about: dict) -> None:
     """Write a method's own adapters, {name of a weight: up [out, rank], down [rank, in · kernel]}, in kohya's
     spelling; about: how the file says what they are, under the file's own name."""
     tensors = {}
     for name, (up, down) in adapters.items():
-        W0, key = unet.get_parameter(name), "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        W0, key = unet.get_parameter(name), kohya_key(name)
         tensors |= {f"{key}.lora_up.weight": up.detach().cpu().view(*up.shape, *[1] * (W0.ndim - 2)),
                     f"{key}.lora_down.weight": down.detach().cpu().view(len(down), *W0.shape[1:]),
                     f"{key}.alpha": torch.tensor(alpha)}
@@ -149,12 +154,11 @@ def write_lora(folder: Path, name: str, W0: dict[str, Tensor], W: dict[str, Tens
     for path in paths.values():
         refuse_existing(path, "move it away first")
     factors, error = low_rank(W0, W, rank)
-    for layer, (B, A) in factors.items():
-        layer = layer.removesuffix(".weight")
+    for weight, (B, A) in factors.items():
+        layer, key = weight.removesuffix(".weight"), kohya_key(weight)
         tensors["diffusers"] |= {f"unet.{layer}.lora_A.weight": A, f"unet.{layer}.lora_B.weight": B}
-        layer = "lora_unet_" + layer.replace(".", "_")
         # no alpha: everybody takes its absence for scale 1, and diffusers misreads it where ranks differ
-        tensors["webui"] |= {f"{layer}.lora_down.weight": A, f"{layer}.lora_up.weight": B}
+        tensors["webui"] |= {f"{key}.lora_down.weight": A, f"{key}.lora_up.weight": B}
     folder.mkdir(exist_ok=True)
     about = {"edit": json.dumps(about | {"LoRA rank": rank, "error": error})}
     for who, path in paths.items():
